@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Examples: the records of a table as a model takes them, with their labels, units and sites.
+
+Promises that every record is either read as the columns describe it or refused with its row named; the
+messages may quote local values and stay on the owner's screen.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow.parquet
+
+from veil.client.template import MISSING_WORDS, Template, canonical, canonical_keys, require_columns
+from veil.common.errors import TableError
+from veil.common.plan import Columns, Task
+from veil.common.privacy import PrivacyUnit
+
+Inputs = tuple[str, ...] | tuple[Path, ...] | npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Examples:
+    """n labelled records.
+
+    Attributes:
+        inputs: n texts, n image paths, or numbers [n, d] (columns with public bounds lie in [-1, 1]).
+        labels: [n], index into the plan's `task.labels`.
+        units: [n], the patient id, or for the record unit the row's number as text, counted from 1.
+        sites: [n], the site's name, or None when the table has no site column.
+
+    Raises:
+        ValueError: when the lengths differ.
+    """
+
+    inputs: Inputs
+    labels: npt.NDArray[np.int64]
+    units: npt.NDArray[np.str_]
+    sites: npt.NDArray[np.str_] | None = None
+
+    def __post_init__(self) -> None:
+        parts = (self.inputs, self.labels, self.units, self.sites)
+        lengths = [len(part) for part in parts if part is not None]
+        if len(set(lengths)) != 1:
+            raise ValueError(f"inputs, labels, units, sites of lengths {lengths}; they must agree")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: npt.NDArray[np.int64]) -> Examples:
+        """The records at `indices` [m], in that order.
+
+        Raises:
+            IndexError: for an index that is not there.
+        """
+        inputs: Any = self.inputs
+        return Examples(
+            inputs=inputs[indices] if isinstance(inputs, np.ndarray) else tuple(inputs[i] for i in indices),
+            labels=self.labels[indices],
+            units=self.units[indices],
+            sites=None if self.sites is None else self.sites[indices],
+        )
+
+
+def read_examples(
+    table: Path, columns: Columns, task: Task, *, unit: PrivacyUnit, site_column: str | None = None
+) -> Examples:
+    """Read all records of a CSV, TSV or Parquet table.
+
+    Args:
+        table: the file; image paths in it are relative to its folder.
+        columns: which column holds what.
+        task: the classes, and the public bounds of numeric columns.
+        unit: whom the promise protects; `PATIENT` needs `columns.patient`.
+        site_column: the column with the site's name, when the table pools several.
+
+    Returns:
+        The records in the table's order.
+
+    Raises:
+        TableError: naming the column, the row (the first record is row 1) and the value that are not as said.
+    """
+    _check_roles(columns, task, unit)
+    template = None if columns.text_template is None else Template.parse(columns)
+    inputs = _input_columns(columns, template)
+    patient = columns.patient if unit is PrivacyUnit.PATIENT else None
+    needed = (*inputs, columns.label, patient, site_column)
+    frame = read_table(table, [name for name in needed if name is not None])
+    rows = np.arange(1, len(frame) + 1).astype(np.str_)
+    return Examples(
+        inputs=template.render(frame) if template else _inputs(frame, columns, task, table.parent),
+        labels=_labels(frame, columns, task),
+        units=rows if patient is None else _names(frame, patient, "patient id"),
+        sites=None if site_column is None else _names(frame, site_column, "site"),
+    )
+
+
+def read_table(table: Path, names: Iterable[str]) -> pd.DataFrame:
+    """Read the named columns of a table, values raw: text as it stands in a CSV, typed in Parquet.
+
+    Raises:
+        TableError: for a file that is missing, of another kind, damaged or empty; for a column that it lacks.
+    """
+    wanted, kind = list(dict.fromkeys(names)), table.suffix.lower()
+    read, form = _READERS.get(kind, (None, ""))
+    if read is None:
+        kinds = ", ".join(_READERS)
+        raise TableError(f'{table}: a file of kind "{kind}"', f"one of {kinds}", "export the table as one of these")
+    if not table.is_file():
+        raise TableError(f"{table}: no such file", f"a table as {form}", "check the path")
+    try:
+        frame = read(table, wanted)
+    except (OSError, ValueError) as error:  # what pandas and pyarrow raise on a damaged file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TableError(f"{table}: {reason}", form, "export the table again") from None
+    if frame.empty:
+        raise TableError(f"{table}: no records", "at least one row", "check the export of the table")
+    return frame
+
+
+def _read_csv(table: Path, names: list[str], separator: str = ",") -> pd.DataFrame:
+    options: dict[str, Any] = {"header": None, "dtype": str, "keep_default_na": False}
+    try:
+        cells = pd.read_csv(table, sep=separator, encoding="utf-8-sig", **options)
+    except pd.errors.EmptyDataError:
+        return pd.DataFrame()
+    header = [str(name).strip() for name in cells.iloc[0]]
+    require_columns(names, header, str(table))
+    frame: pd.DataFrame = cells.iloc[1:, [header.index(name) for name in names]].reset_index(drop=True)
+    return frame.set_axis(names, axis="columns")
+
+
+def _read_parquet(table: Path, names: list[str]) -> pd.DataFrame:
+    require_columns(names, pyarrow.parquet.read_schema(table).names, str(table))
+    cells: pd.DataFrame = pyarrow.parquet.read_table(table, columns=names).to_pandas(ignore_metadata=True)
+    return cells[names]
+
+
+_TEXT_FORM = "UTF-8 text with a header and equally many cells in every row"
+_READERS: dict[str, tuple[Callable[[Path, list[str]], pd.DataFrame], str]] = {
+    ".csv": (_read_csv, _TEXT_FORM),
+    ".tsv": (functools.partial(_read_csv, separator="\t"), _TEXT_FORM),
+    ".parquet": (_read_parquet, "Parquet"),
+}
+
+
+def _check_roles(columns: Columns, task: Task, unit: PrivacyUnit) -> None:
+    if unit is PrivacyUnit.PATIENT and columns.patient is None:
+        raise TableError(
+            'the privacy unit is "patient" and no patient column is named',
+            "the column that holds the patient id",
+            "set patient, or protect single records instead",
+        )
+    for column in task.bounds:
+        if column not in (columns.features or ()):
+            raise TableError(
+                f'task.bounds names "{column}", which is not a features column',
+                f"one of features = {list(columns.features or ())}",
+                "remove the bounds or add the column to features",
+            )
+
+
+def _input_columns(columns: Columns, template: Template | None) -> tuple[str, ...]:
+    if template is not None:
+        names = template.columns
+    else:
+        names = columns.features if columns.features is not None else (columns.text or columns.image or "",)
+    if columns.label in names or not names:
+        raise TableError(
+            f'the input columns are {list(names)} and the label column is "{columns.label}"',
+            "at least one input column, and the label not among them",
+            "take the label out of the input, or name a column to learn from",
+        )
+    return names
+
+
+def _inputs(frame: pd.DataFrame, columns: Columns, task: Task, folder: Path) -> Inputs:
+    if columns.features is not None:
+        return np.stack([_feature(frame, name, task.bounds.get(name)) for name in columns.features], axis=1)
+    if columns.image is not None:
+        return _images(frame, columns.image, folder)
+    return _texts(frame, columns.text or "")
+
+
+def _feature(frame: pd.DataFrame, name: str, bounds: tuple[float, float] | None) -> npt.NDArray[np.float64]:
+    cells = pd.Series(frame[name].tolist(), dtype=object)
+    numbers: npt.NDArray[np.float64] = pd.to_numeric(cells, errors="coerce").to_numpy(np.float64)
+    bad = np.flatnonzero(~np.isfinite(numbers))
+    if bad.size:
+        raise TableError(
+            f'column "{name}", {_rows(bad)}: "{frame[name].iloc[bad[0]]}" is not a finite number',
+            "a number in every row of a features column",
+            "leave these records out, fill the values in, or read the column through text_template",
+        )
+    if bounds is None:
+        return numbers
+    low, high = bounds
+    scaled: npt.NDArray[np.float64] = (np.clip(numbers, low, high) - low) / (high - low) * 2 - 1
+    return scaled
+
+
+def _texts(frame: pd.DataFrame, name: str) -> tuple[str, ...]:
+    cells = zip(frame[name].tolist(), frame[name].isna(), strict=True)
+    texts = tuple("" if missing else str(cell) for cell, missing in cells)
+    _refuse_missing([not text.strip() for text in texts], name, "text")
+    return texts
+
+
+def _images(frame: pd.DataFrame, name: str, folder: Path) -> tuple[Path, ...]:
+    given = _texts(frame, name)
+    paths = tuple(folder / path.strip() for path in given)
+    absent = np.array([row for row, path in enumerate(paths) if not path.is_file()])
+    if absent.size:
+        raise TableError(
+            f'column "{name}", {_rows(absent)}: no file {paths[absent[0]]}',
+            f"paths relative to the table's folder {folder}",
+            "correct the paths, or put the images there",
+        )
+    return paths
+
+
+def _names(frame: pd.DataFrame, name: str, role: str) -> npt.NDArray[np.str_]:
+    keys = [canonical(cell) for cell in frame[name].tolist()]
+    _refuse_missing([key in MISSING_WORDS for key in keys], name, role)
+    return np.array(keys, dtype=np.str_)
+
+
+def _labels(frame: pd.DataFrame, columns: Columns, task: Task) -> npt.NDArray[np.int64]:
+    known = _label_indices(columns, task)
+    keys = [canonical(cell) for cell in frame[columns.label].tolist()]
+    _refuse_missing([key in MISSING_WORDS and key not in known for key in keys], columns.label, "label")
+    unknown = [row for row, key in enumerate(keys) if key not in known]
+    if unknown:
+        values = ", ".join(f'"{value}"' for value in list(dict.fromkeys(keys[row] for row in unknown))[:3])
+        raise TableError(
+            f'column "{columns.label}", {_rows(np.array(unknown))}: label {values}',
+            f"one of {sorted(known)}",
+            "add the value to labels, correct the table, or add the class to task.labels",
+        )
+    return np.array([known[key] for key in keys], dtype=np.int64)
+
+
+def _label_indices(columns: Columns, task: Task) -> Mapping[str, int]:
+    """Canonical raw label → index into `task.labels`."""
+    given = columns.labels or {label: label for label in task.labels}
+    for raw, label in given.items():
+        if label not in task.labels:
+            expectation = f"one of task.labels = {list(task.labels)}"
+            raise TableError(f'labels."{raw}" = "{label}"', expectation, "correct the mapping")
+    return {key: task.labels.index(label) for key, label in canonical_keys(given, "labels").items()}
+
+
+def _refuse_missing(missing: list[bool], column: str, role: str) -> None:
+    rows = np.flatnonzero(missing)
+    if rows.size:
+        value = f'column "{column}", {_rows(rows)}: no {role}'
+        raise TableError(value, f"a {role} in every row", "fill it in, or take the records out of the table")
+
+
+def _rows(rows: npt.NDArray[Any]) -> str:
+    return f"row {rows[0] + 1}" + (f" (and {len(rows) - 1} more)" if len(rows) > 1 else "")

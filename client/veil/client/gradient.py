@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clipping: the sum over units of each unit's gradient, none longer than the bound.
+
+Promises that adding or removing one unit moves the sum by at most the bound, in float64, and that a unit whose
+gradient is not finite counts as zero. Equal to Opacus' per-sample hooks (tested), without per-sample tensors.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from veil.client.units import HeadBatch
+from veil.common.head import probabilities
+
+
+def clipped_head_sum(weight: NDArray[np.floating], batch: HeadBatch, bound: float) -> NDArray[np.float64]:
+    """Sum over units of the clipped mean cross-entropy gradient of a linear head.
+
+    A unit's gradient is the mean over its records of e_i x_iᵀ with e_i = softmax - one-hot; its squared length is
+    Σ_ij (e_i·e_j)(x_i·x_j) / k², taken from the pairs of its records.
+
+    Args:
+        weight: [classes, d + 1].
+        batch: the units' records.
+        bound: L2 bound of one unit's gradient.
+
+    Returns:
+        [classes, d + 1], zero for an empty batch.
+    """
+    errors = probabilities(weight, batch.inputs)
+    errors[np.arange(len(batch.labels)), batch.labels] -= 1.0
+    errors *= batch.share[:, None]
+    finite = np.isfinite(errors).all(axis=1)
+    errors[~finite] = 0.0
+    factors = np.minimum(1.0, bound / np.maximum(_norms(errors, batch), 1e-300))
+    total: NDArray[np.float64] = (errors * factors[batch.unit, None]).T @ batch.inputs
+    return total
+
+
+def _norms(errors: NDArray[np.float64], batch: HeadBatch) -> NDArray[np.float64]:
+    """Length of each unit's gradient, [count]."""
+    own = np.einsum("nc,nc->n", errors, errors) * np.einsum("nd,nd->n", batch.inputs, batch.inputs)
+    squared = np.bincount(batch.unit, weights=own, minlength=batch.count)
+    if batch.pairs.shape[1]:
+        first, second = batch.pairs
+        cross = 2.0 * np.einsum("mc,mc->m", errors[first], errors[second]) * batch.dots
+        squared += np.bincount(batch.unit[first], weights=cross, minlength=batch.count)
+    norms: NDArray[np.float64] = np.sqrt(np.maximum(squared, 0.0))
+    return norms
+
+
+def clipped_mean_sum(rows: NDArray[np.float64], constant: float, bound: float) -> NDArray[np.float64]:
+    """Sum over units of the clipped vector [mean feature, constant].
+
+    Args:
+        rows: one mean feature per unit, [units, d], each of length at most 1.
+        constant: appended to each; its sum is the constant times the number of units.
+        bound: L2 bound of one unit's vector.
+
+    Returns:
+        [d + 1].
+    """
+    vectors = np.hstack([rows, np.full((len(rows), 1), constant)])
+    norms = np.linalg.norm(vectors, axis=1)
+    total: NDArray[np.float64] = np.minimum(1.0, bound / np.maximum(norms, 1e-300)) @ vectors
+    return total

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a site's owner allows.
+
+Promises that a limit is a positive, finite number: there is no word for "unlimited" in a site's file.
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from veil.common.plan import Section
+from veil.common.privacy import PrivacyUnit
+
+
+class Limits(Section):
+    """The most that anything outside may cost one unit of this site."""
+
+    epsilon_per_run: float = Field(gt=0, description="ε of one run")
+    epsilon_lifetime: float = Field(gt=0, description="ε of everything, over all runs")
+    delta: float = Field(default=1e-5, gt=0, lt=1, description="the δ of the site's ledger")
+    unit: PrivacyUnit = Field(default=PrivacyUnit.RECORD, description="whom the promise protects at least")
+    max_records_per_patient: int = Field(default=8, ge=1, description="patient unit: records that take part")
+
+
+class SitePolicy(Section):
+    """The owner's file, as far as rounds are concerned."""
+
+    name: str = Field(min_length=1, max_length=80, description="the site's name, as others see it")
+    limits: Limits

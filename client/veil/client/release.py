@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Constrain, then noise, then release: the three things a site can send, each from its units to an Update.
+
+Promises that nothing but lattice points with the mechanism's noise comes out, whatever the records are, also none.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from veil.client.gradient import clipped_head_sum, clipped_mean_sum
+from veil.client.optimizer import LatticeOptimizer
+from veil.client.units import HeadBatch, Units
+from veil.common.exchange import RoundRequest
+from veil.common.head import CENTRE, WEIGHT
+from veil.common.noise import NoiseSource, clip_bound, privatize, spacing
+from veil.common.privacy import Mechanism
+from veil.common.schedule import COUNT_WEIGHT, Release, ReleaseKind
+from veil.common.update import Update
+
+DELTA_SPACING = 2.0**-24
+"""Grid of a dp-fedavg update, which is already private when it is rounded."""
+
+DEFAULT_LOCAL_RATE = 4.0
+"""dp-fedavg's rate where the plan names none (facts: 20 rounds, one epoch, centred features)."""
+
+
+def draw(request: RoundRequest, release: Release, units: Units, noise: NoiseSource) -> Update:
+    """Draw one release.
+
+    Args:
+        request: the round; its adapter is the starting point.
+        release: the site's own schedule entry, already in the ledger.
+        units: the site's records.
+        noise: where randomness comes from.
+    """
+    if release.kind is ReleaseKind.CENTRE:
+        return centre_update(units, release.mechanism, noise)
+    batch = HeadBatch.of(units, request.adapter.tensors[CENTRE])
+    weight = request.adapter.tensors[WEIGHT].astype(np.float64)
+    if release.kind is ReleaseKind.GRADIENT:
+        return gradient_update(weight, batch, release.mechanism, noise)
+    return delta_update(
+        weight,
+        batch,
+        release.mechanism,
+        noise,
+        learning_rate=request.plan.training.learning_rate or DEFAULT_LOCAL_RATE,
+        nominal_units=request.nominal_units,
+    )
+
+
+def centre_update(units: Units, mechanism: Mechanism, noise: NoiseSource) -> Update:
+    """The noised sum over units of [mean feature, 1/2], [d + 1]."""
+    size = units.features.shape[1] + 1
+    bound = clip_bound(mechanism.max_grad_norm, size)
+    total = clipped_mean_sum(units.mean_rows(), COUNT_WEIGHT, bound)
+    points = privatize(
+        total,
+        noise_multiplier=mechanism.noise_multiplier,
+        max_grad_norm=mechanism.max_grad_norm,
+        noise=noise,
+    )
+    return Update(points={CENTRE: points}, spacing=spacing(mechanism.max_grad_norm))
+
+
+def gradient_update(weight: NDArray[np.float64], batch: HeadBatch, mechanism: Mechanism, noise: NoiseSource) -> Update:
+    """The noised sum over units of clipped gradients at `weight` (dp-fedsgd), [classes, d + 1]."""
+    parameter = torch.nn.Parameter(torch.from_numpy(weight.copy()))
+    optimizer = LatticeOptimizer(parameter, mechanism=mechanism, noise=noise)
+    _step(optimizer, parameter, batch, mechanism)
+    _check_steps(optimizer, mechanism)
+    return Update(points={WEIGHT: optimizer.points}, spacing=spacing(mechanism.max_grad_norm))
+
+
+def delta_update(
+    weight: NDArray[np.float64],
+    batch: HeadBatch,
+    mechanism: Mechanism,
+    noise: NoiseSource,
+    *,
+    learning_rate: float,
+    nominal_units: float,
+) -> Update:
+    """What local DP-SGD on Poisson samples changed (dp-fedavg), [classes, d + 1].
+
+    Every step counts, also one whose sample is empty: it adds its noise like any other.
+    """
+    parameter = torch.nn.Parameter(torch.from_numpy(weight.copy()))
+    optimizer = LatticeOptimizer(
+        parameter,
+        mechanism=mechanism,
+        noise=noise,
+        learning_rate=learning_rate,
+        divisor=mechanism.sample_rate * nominal_units,
+    )
+    for _ in range(mechanism.steps):
+        sampled = noise.uniform(batch.count) < mechanism.sample_rate
+        _step(optimizer, parameter, batch.take(sampled), mechanism)
+    _check_steps(optimizer, mechanism)
+    change = parameter.detach().numpy() - weight
+    return Update(points={WEIGHT: np.rint(change / DELTA_SPACING).astype(np.int64)}, spacing=DELTA_SPACING)
+
+
+def _step(optimizer: LatticeOptimizer, parameter: torch.nn.Parameter, batch: HeadBatch, mechanism: Mechanism) -> None:
+    bound = clip_bound(mechanism.max_grad_norm, parameter.numel())
+    optimizer.zero_grad()
+    parameter.grad = torch.from_numpy(clipped_head_sum(parameter.detach().numpy(), batch, bound))
+    optimizer.step()
+
+
+def _check_steps(optimizer: LatticeOptimizer, mechanism: Mechanism) -> None:
+    if optimizer.steps_counted != mechanism.steps:
+        raise RuntimeError(f"{optimizer.steps_counted} steps done; {mechanism.steps} were paid for")

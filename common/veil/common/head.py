@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The linear head on frozen features: its input, its adapter and what it predicts.
+
+Promises that training, evaluation and `veil predict` see a feature in the same form.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from veil.common.plan import RunPlan
+from veil.common.update import Adapter
+
+WEIGHT = "head.weight"
+CENTRE = "centre"
+INTERCEPT = 0.5
+"""Constant feature appended after centring; appended before, centring would remove it."""
+
+
+def initial_adapter(plan: RunPlan, width: int) -> Adapter:
+    """A zero head [classes, width + 1] around a zero centre [width]: nothing to seed, nothing to leak."""
+    shape = (len(plan.task.labels), width + 1)
+    return Adapter(tensors={WEIGHT: np.zeros(shape, np.float32), CENTRE: np.zeros(width, np.float32)})
+
+
+def unit_rows(features: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Rows scaled to length 1; a zero row stays zero, a row that is not finite becomes zero. [n, d]"""
+    rows = np.array(features, dtype=np.float64)
+    rows[~np.isfinite(rows).all(axis=1)] = 0.0
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / np.where(norms > 0, norms, 1.0)
+
+
+def head_inputs(features: NDArray[np.floating], centre: NDArray[np.floating]) -> NDArray[np.float64]:
+    """What the head reads: unit row, minus the centre, unit row again, constant appended, unit row again.
+
+    Args:
+        features: pooled outputs of the frozen backbone, [n, d].
+        centre: released mean of the unit rows, [d].
+
+    Returns:
+        [n, d + 1], each row of length at most 1.
+    """
+    rows = unit_rows(unit_rows(features) - centre.astype(np.float64))
+    constant = np.full((len(rows), 1), INTERCEPT)
+    inputs: NDArray[np.float64] = np.hstack([rows, constant]) / np.sqrt(1 + INTERCEPT**2)
+    return inputs
+
+
+def probabilities(weight: NDArray[np.floating], inputs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Softmax of the head's logits, [n, classes]."""
+    logits = inputs @ weight.astype(np.float64).T
+    logits -= logits.max(axis=1, keepdims=True)
+    odds = np.exp(logits)
+    shares: NDArray[np.float64] = odds / odds.sum(axis=1, keepdims=True)
+    return shares
+
+
+def predict(adapter: Adapter, features: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Class probabilities from pooled features, [n, classes]."""
+    return probabilities(adapter.tensors[WEIGHT], head_inputs(features, adapter.tensors[CENTRE]))

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Randomness for what leaves a site: the operating system's generator, float64, rounded onto an integer lattice.
+
+Promises that no seed enters: `OSNoise` takes no argument. Why not torch's generator: its CPU stream has 2³² starting
+points and its float32 normals lie on a coarse grid that gives membership away (Mironov 2012 for the grid).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+LATTICE_BITS = 20
+"""The lattice has 2²⁰ points per clipping bound."""
+
+
+class NoiseSource(Protocol):
+    """Where a site's randomness comes from.
+
+    Attributes:
+        name: recorded in the ledger beside every spend.
+        private: whether a release with this noise may be called private at all.
+    """
+
+    @property
+    def name(self) -> str:
+        """The word in the ledger."""
+        ...
+
+    @property
+    def private(self) -> bool:
+        """Whether ε means anything for this noise."""
+        ...
+
+    def gaussian(self, count: int) -> NDArray[np.float64]:
+        """Independent standard normal numbers, [count]."""
+        ...
+
+    def uniform(self, count: int) -> NDArray[np.float64]:
+        """Independent uniform numbers in [0, 1), [count]."""
+        ...
+
+
+class OSNoise:
+    """The operating system's cryptographic generator (`os.urandom`)."""
+
+    name = "os"
+    private = True
+
+    def uniform(self, count: int) -> NDArray[np.float64]:
+        """Uniform numbers on the 53-bit grid of [0, 1), [count]."""
+        words = np.frombuffer(os.urandom(8 * count), dtype=np.uint64)
+        return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+    def gaussian(self, count: int) -> NDArray[np.float64]:
+        """Standard normal numbers by Box & Muller (1958), tails to 8.57 σ, [count]."""
+        return box_muller(self.uniform(2 * ((count + 1) // 2)))[:count]
+
+
+def box_muller(uniform: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Turn an even number of uniform numbers in [0, 1) into as many independent standard normal ones."""
+    first, second = np.split(uniform, 2)
+    radius = np.sqrt(-2.0 * np.log(1.0 - first))
+    angle = 2.0 * np.pi * second
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
+
+
+def spacing(max_grad_norm: float) -> float:
+    """Distance γ of neighbouring lattice points, in the unit of the clipped values."""
+    return max_grad_norm / 2**LATTICE_BITS
+
+
+def clip_bound(max_grad_norm: float, size: int) -> float:
+    """What a unit's contribution must be clipped to, so that rounding the sum keeps its sensitivity.
+
+    Rounding two neighbouring sums of `size` numbers can move them apart by γ in each: the bound is smaller by γ√size
+    and by 10⁻⁹ for float64 sums.
+
+    Raises:
+        ValueError: when so many numbers leave no room (size ≥ 2³⁸).
+    """
+    bound = max_grad_norm - spacing(max_grad_norm) * (size**0.5) - 1e-9 * max_grad_norm
+    if bound <= max_grad_norm / 2:
+        raise ValueError(f"{size} numbers; expected below 2^38 for a lattice of 2^{LATTICE_BITS} points")
+    return bound
+
+
+def privatize(
+    clipped_sum: NDArray[np.float64], *, noise_multiplier: float, max_grad_norm: float, noise: NoiseSource
+) -> NDArray[np.int64]:
+    """Quantise a clipped sum and add Gaussian noise, both on the lattice.
+
+    The noise is added to integers and rounded itself, so the release is post-processing of the Gaussian mechanism on
+    the quantised sum: ordinary Gaussian accounting holds.
+
+    Args:
+        clipped_sum: sum over units, each within `clip_bound(max_grad_norm, size)`; any shape.
+        noise_multiplier: σ in units of `max_grad_norm`.
+        max_grad_norm: the sensitivity C.
+        noise: where randomness comes from.
+
+    Returns:
+        Lattice points, same shape; times `spacing(max_grad_norm)` they are the noised sum.
+    """
+    clean = np.rint(clipped_sum / spacing(max_grad_norm)).astype(np.int64)
+    draws = noise.gaussian(clean.size).reshape(clean.shape)
+    return clean + np.rint(draws * (noise_multiplier * 2.0**LATTICE_BITS)).astype(np.int64)

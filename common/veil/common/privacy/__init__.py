@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Privacy arithmetic: what was done (Mechanism), what it cost (spent), how much noise a promise needs (calibrate).
+
+Promises that every figure errs to the private side and that nothing here reads a record.
+"""
+
+from veil.common.privacy.accounting import gaussian_mu_squared, spent
+from veil.common.privacy.calibration import calibrate, gaussian_sigma
+from veil.common.privacy.mechanism import (
+    Mechanism,
+    NeighboringRelation,
+    PrivacyBudget,
+    PrivacySpent,
+    PrivacyUnit,
+)
+
+__all__ = [
+    "Mechanism",
+    "NeighboringRelation",
+    "PrivacyBudget",
+    "PrivacySpent",
+    "PrivacyUnit",
+    "calibrate",
+    "gaussian_mu_squared",
+    "gaussian_sigma",
+    "spent",
+]

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan's releases: which mechanism runs in which round, calibrated to the budget of the whole run.
+
+Promises that coordinator and site, each computing it from the plan alone, agree; a site follows its own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import lru_cache
+
+from veil.common.errors import PlanError
+from veil.common.plan import RunPlan
+from veil.common.privacy import Mechanism, PrivacyBudget, calibrate, gaussian_sigma
+
+CENTRE_SHARE = 0.03
+"""Part of the run's μ² that the centring round may use."""
+
+COUNT_WEIGHT = 0.5
+"""The constant released beside each unit's mean feature, whose noisy sum estimates the number of units."""
+
+CENTRE_NORM = math.sqrt(1 + COUNT_WEIGHT**2)
+"""L2 bound of one unit's [mean feature, COUNT_WEIGHT]."""
+
+
+class ReleaseKind(StrEnum):
+    """What a round asks of a site."""
+
+    CENTRE = "centre"
+    GRADIENT = "gradient"
+    DELTA = "delta"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Release:
+    """One round of one site.
+
+    Attributes:
+        round: 0 for the centring round, then 1, 2, …
+        kind: what is released.
+        mechanism: how it is protected.
+    """
+
+    round: int
+    kind: ReleaseKind
+    mechanism: Mechanism
+
+
+def schedule(plan: RunPlan) -> tuple[Release, ...]:
+    """All releases of a run, in order.
+
+    Raises:
+        PlanError: when no noise keeps the promise.
+    """
+    return _schedule(plan.public().to_json())
+
+
+@lru_cache(maxsize=64)
+def _schedule(plan_json: str) -> tuple[Release, ...]:
+    plan = RunPlan.from_json(plan_json)
+    try:
+        return _releases(plan)
+    except ValueError as error:
+        raise PlanError(
+            f"privacy.target_epsilon = {plan.privacy.target_epsilon} for {plan.training.rounds} rounds ({error})",
+            "a budget that some amount of noise keeps",
+            "raise target_epsilon or lower training.rounds",
+        ) from None
+
+
+def _releases(plan: RunPlan) -> tuple[Release, ...]:
+    budget = plan.privacy.budget
+    releases = []
+    if plan.training.centre:
+        centre = _centre(budget, plan)
+        releases.append(Release(round=0, kind=ReleaseKind.CENTRE, mechanism=centre))
+    decided = [release.mechanism for release in releases]
+    fedavg = plan.training.algorithm == "dp-fedavg"
+    rate = plan.training.sample_rate if fedavg else 1.0
+    per_round = local_steps(plan) if fedavg else 1
+    whole = calibrate(
+        budget,
+        steps=plan.training.rounds * per_round,
+        sample_rate=rate,
+        max_grad_norm=plan.privacy.max_grad_norm,
+        unit=plan.privacy.unit,
+        alongside=decided,
+    )
+    each = Mechanism(
+        noise_multiplier=whole.noise_multiplier,
+        max_grad_norm=whole.max_grad_norm,
+        sample_rate=rate,
+        steps=per_round,
+        unit=whole.unit,
+    )
+    kind = ReleaseKind.DELTA if fedavg else ReleaseKind.GRADIENT
+    rounds = range(1, plan.training.rounds + 1)
+    return (*releases, *(Release(round=r, kind=kind, mechanism=each) for r in rounds))
+
+
+def _centre(budget: PrivacyBudget, plan: RunPlan) -> Mechanism:
+    sigma = gaussian_sigma(budget) / math.sqrt(CENTRE_SHARE)
+    return Mechanism(noise_multiplier=sigma, max_grad_norm=CENTRE_NORM, unit=plan.privacy.unit)
+
+
+def local_steps(plan: RunPlan) -> int:
+    """Steps of one dp-fedavg round: as many as pass over the records `local_epochs` times on average."""
+    return max(1, round(plan.training.local_epochs / plan.training.sample_rate))

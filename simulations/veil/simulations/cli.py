@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `veil` command: every command line word is here, every deed elsewhere.
+
+Promises exit codes 0 done, 2 bad usage or input, 3 refused, 4 failed, 130 interrupted; messages on stderr; and that
+`--help` imports neither torch nor Flower.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from enum import StrEnum
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import click
+import typer
+
+from veil.common.errors import InputError, VeilError
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="veil",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune one pretrained model together, without sharing records.",
+)
+
+
+class EngineName(StrEnum):
+    """Where the apps of a simulation run."""
+
+    INPROCESS = "inprocess"
+    RAY = "ray"
+
+
+@app.callback()
+def _root() -> None:
+    """Quiet, offline defaults for the libraries, before any of them is imported."""
+    for name, value in {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+@app.command()
+def simulate(
+    plan: Annotated[Path | None, typer.Argument(help="Plan file; without one, the embedded demo.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")] = Path(
+        "runs/demo"
+    ),
+    engine: Annotated[
+        EngineName, typer.Option(help="inprocess, or ray for Flower's Ray engine.")
+    ] = EngineName.INPROCESS,
+    seed: Annotated[int | None, typer.Option(min=0, help="Another seed than the plan's, for another split.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON document.")] = False,
+) -> None:
+    """Run a whole federation on this machine."""
+    from veil.common.plan import parse_plan
+    from veil.simulations import demo
+    from veil.simulations.engine import Engine
+    from veil.simulations.report import build_report
+    from veil.simulations.screen import Screen, show_result
+    from veil.simulations.simulate import simulate as run
+
+    chosen = parse_plan(plan) if plan is not None else demo.demo_plan()
+    if seed is not None:
+        chosen = chosen.model_copy(update={"seed": seed})
+    base = plan.resolve().parent if plan is not None else Path.cwd()
+    with Screen(quiet=as_json) as screen:
+        result = run(chosen, base=base, output=output, progress=screen, engine=Engine(engine.value))
+    if as_json:
+        typer.echo(json.dumps(build_report(result), indent=2))
+    else:
+        show_result(result, output)
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="The folder `model` of a finished run.")],
+    source: Annotated[
+        str,
+        typer.Argument(metavar="INPUT", help="A text, an image, a .txt (a text a line), or a .csv/.parquet table."),
+    ],
+    column: Annotated[
+        list[str] | None,
+        typer.Option("--column", help="Table: the input column; several for numeric features."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Ask a tuned model."""
+    from veil.server.model import TunedModel
+    from veil.simulations.inputs import read_inputs
+
+    tuned = TunedModel.load(model)
+    inputs = read_inputs(source, tuned.plan.task, column or [])
+    answers = tuned.predict(inputs)
+    rows = [
+        {
+            "label": tuned.labels[int(row.argmax())],
+            "probabilities": dict(zip(tuned.labels, row.tolist(), strict=True)),
+        }
+        for row in answers
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    for row, answer in zip(rows, answers, strict=True):
+        typer.echo(f"{row['label']}\t{answer.max():.4f}")
+
+
+@app.command()
+def backbone(
+    source: Annotated[str, typer.Argument(help="package:NAME[/FOLDER], path:FOLDER or hub:ORG/NAME@REVISION")],
+) -> None:
+    """Print the [backbone] section that pins some weights, for a plan."""
+    from veil.common.weights import fingerprint
+
+    pinned = fingerprint(source, base=Path.cwd())
+    typer.echo(f'[backbone]\nsource = "{source}"\nsha256 = "{pinned.sha256}"\nlicence = ""  # its SPDX name')
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from importlib.metadata import version as installed
+
+    typer.echo(f"veil {installed('veil')}")
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.exit(_run())
+
+
+def _run() -> int:
+    try:
+        return int(app(standalone_mode=False) or 0)
+    except VeilError as error:
+        typer.echo(f"veil: {error}", err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return InputError.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        typer.echo("veil: interrupted; nothing was written", err=True)
+        return INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        typer.echo("veil: this is a defect of Veil; please report the lines above", err=True)
+        return VeilError.exit_code

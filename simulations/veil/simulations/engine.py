@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the apps run: in this process, or on Flower's Ray engine.
+
+Promises that both engines run the same ServerApp and the same ClientApp.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from enum import StrEnum
+
+from flwr.app import Context, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+from veil.common.errors import InputError, RunError, VeilError
+from veil.simulations.grid import RUN_ID, InProcessGrid
+
+
+class Engine(StrEnum):
+    """The engines of a simulation."""
+
+    INPROCESS = "inprocess"
+    RAY = "ray"
+
+
+def check_engine(engine: Engine) -> None:
+    """Refuse Ray where it is not installed.
+
+    Raises:
+        InputError: with the command that installs it.
+    """
+    if engine is Engine.RAY and importlib.util.find_spec("ray") is None:
+        raise InputError("--engine ray", "Ray to be installed", 'pip install "veil[ray]", or use --engine inprocess')
+
+
+def run_apps(engine: Engine, server_app: ServerApp, client_app: ClientApp, sites: int) -> None:
+    """Run one federation to its end.
+
+    Raises:
+        VeilError: whatever stopped the run.
+    """
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    runner: Callable[[ServerApp, ClientApp, int], None]
+    runner = _run_in_process if engine is Engine.INPROCESS else _run_on_ray
+    runner(server_app, client_app, sites)
+
+
+def _run_in_process(server_app: ServerApp, client_app: ClientApp, sites: int) -> None:
+    context = Context(run_id=RUN_ID, node_id=1, node_config={}, state=RecordDict(), run_config={})
+    server_app(InProcessGrid(client_app, sites), context)
+
+
+def _run_on_ray(server_app: ServerApp, client_app: ClientApp, sites: int) -> None:
+    """Flower's own engine; an existing cluster is used when RAY_ADDRESS names it."""
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    from flwr.simulation import run_simulation
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run_simulation(
+                server_app,
+                client_app,
+                num_supernodes=sites,
+                backend_config={
+                    "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+                    "init_args": {"logging_level": logging.ERROR, "log_to_driver": False},
+                },
+            )
+    except VeilError:
+        raise
+    except RuntimeError as error:
+        raise RunError(
+            f"Flower's Ray engine stopped ({error})",
+            "a run to its end",
+            "look at the lines above, or use --engine inprocess",
+        ) from error

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One federation of simulated sites, from a laid-down workspace to its outcome.
+
+Promises that what ran is what would run deployed: the ServerApp, the ClientApp, a ledger for each site.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+
+from veil.client.app import client_app
+from veil.common.errors import RunError
+from veil.common.head import initial_adapter
+from veil.common.plan import RunPlan
+from veil.server.app import Outcome, server_app
+from veil.server.descent import Descent
+from veil.server.strategy import RoundRecord
+from veil.simulations.engine import Engine, run_apps
+from veil.simulations.workspace import Workspace
+
+
+def federate(
+    plan: RunPlan,
+    workspace: Workspace,
+    *,
+    sites: int,
+    width: int,
+    engine: Engine = Engine.INPROCESS,
+    watch: Callable[[RoundRecord, Descent], None] = lambda record, state: None,
+) -> Outcome:
+    """Run a plan over a workspace's sites.
+
+    Args:
+        plan: what to run.
+        workspace: where the sites are.
+        sites: how many there are.
+        width: number of features.
+        engine: where the apps run.
+        watch: called after each round.
+
+    Raises:
+        VeilError: whatever stopped the run.
+    """
+    outcomes: list[Outcome] = []
+    server = server_app(
+        plan.public(),
+        job=f"{plan.name}-{uuid.uuid4().hex[:12]}",
+        adapter=initial_adapter(plan, width),
+        sites=sites,
+        watch=watch,
+        deliver=outcomes.append,
+    )
+    run_apps(engine, server, client_app(workspace), sites)
+    if not outcomes:
+        raise RunError("the run ended without a model", "a tuned adapter", "look at the lines above")
+    return outcomes[0]

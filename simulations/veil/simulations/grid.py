@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Flower Grid that calls the ClientApp in this process: no Ray, no sockets, no serialisation.
+
+Promises the ServerApp what any Grid promises; each node keeps its own Context from round to round.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+RUN_ID = 1
+_FIRST_NODE = 2
+
+
+class InProcessGrid(Grid):
+    """`nodes` sites served by one ClientApp, one after the other.
+
+    Args:
+        client_app: what answers.
+        nodes: number of sites; node i has partition-id i.
+    """
+
+    def __init__(self, client_app: ClientApp, nodes: int) -> None:
+        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = RUN_ID, 1, 1
+        self._app = client_app
+        self._replies: dict[str, Message] = {}
+        self._contexts = {
+            _FIRST_NODE + index: Context(
+                run_id=RUN_ID,
+                node_id=_FIRST_NODE + index,
+                node_config={"partition-id": index, "num-partitions": nodes},
+                state=RecordDict(),
+                run_config={},
+            )
+            for index in range(nodes)
+        }
+
+    def set_run(self, run: Run) -> None:
+        """Nothing: there is one run."""
+
+    @property
+    def run(self) -> Run:
+        """The one run."""
+        return Run.create_empty(RUN_ID)
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """A message to a node."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All nodes."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Deliver messages at once and keep the replies."""
+        ids = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
+            context = self._contexts[message.metadata.dst_node_id]
+            self._replies[message.metadata.message_id] = self._app(message=message, context=context)
+            ids.append(message.metadata.message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Hand the replies out, each once."""
+        return [self._replies.pop(one) for one in message_ids if one in self._replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """All replies of a round."""
+        return self.pull_messages(self.push_messages(messages))

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`report.json`: what a run was, what it cost, how good it is.
+
+Promises keys that are only ever added, an ε that comes from the ledgers, and the word `private` wherever it is not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from veil.client.ledger import Ledger
+from veil.common.plan import RunPlan
+from veil.common.privacy import NeighboringRelation, PrivacySpent
+from veil.server.strategy import RoundRecord
+from veil.simulations.evaluation import Scores
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SiteResult:
+    """One site's line.
+
+    Attributes:
+        name: of the site.
+        records: training records.
+        test_records: held-out records.
+        units: training units (records or patients).
+        spent: what the run cost one unit, from the site's ledger.
+        rounds: releases in the ledger.
+        refusals: reasons by round.
+        federated: the common model on the site's held-out records.
+        local_only: its own model on them, where asked for.
+    """
+
+    name: str
+    records: int
+    test_records: int
+    units: int
+    spent: PrivacySpent
+    rounds: int
+    refusals: dict[int, str]
+    federated: Scores
+    local_only: Scores | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curve:
+    """The run after each round, for the picture.
+
+    Attributes:
+        round: 0 for the centring round.
+        accuracy: of the common model on held-out records.
+        epsilon: spent so far at the site that spent most; infinite when not private.
+    """
+
+    round: int
+    accuracy: float
+    epsilon: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SimulationResult:
+    """Everything a finished simulation knows."""
+
+    plan: RunPlan
+    sites: tuple[SiteResult, ...]
+    metrics: dict[str, Scores]
+    curve: tuple[Curve, ...]
+    records: tuple[RoundRecord, ...]
+    timing: dict[str, float]
+    engine: str
+    estimated_units: float
+
+    @property
+    def private(self) -> bool:
+        """Whether the noise came from the operating system."""
+        return self.plan.simulation is not None and self.plan.simulation.noise == "os"
+
+
+def site_spent(ledger: Ledger, delta: float) -> tuple[PrivacySpent, int]:
+    """ε and number of releases of one ledger."""
+    return ledger.spent(delta), len(ledger.entries())
+
+
+def build_report(result: SimulationResult) -> dict[str, Any]:
+    """The document; infinite ε is null, as JSON has no infinity."""
+    plan = result.plan
+    last = result.records[-1]
+    return {
+        "name": plan.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "veil_version": version("veil"),
+        "private": result.private,
+        "statement": _statement(result),
+        "simulation": {
+            "engine": result.engine,
+            "metrics_on": "all sites' held-out records, which only a simulation can see at once",
+        },
+        "plan": json.loads(plan.to_json()),
+        "plan_sha256": plan.sha256,
+        "backbone": _backbone(plan),
+        "privacy": {
+            "unit": plan.privacy.unit.value,
+            "relation": NeighboringRelation.ADD_OR_REMOVE_ONE.value,
+            "target_epsilon": plan.privacy.target_epsilon,
+            "target_delta": plan.privacy.target_delta,
+            "noise": plan.simulation.noise if plan.simulation else "os",
+        },
+        "sites": [_site(site) for site in result.sites],
+        "metrics": {name: asdict(scores) for name, scores in result.metrics.items()},
+        "per_site": [_per_site(site) for site in result.sites],
+        "rounds": [_round(record, point) for record, point in zip(result.records, result.curve, strict=True)],
+        "estimated_units": result.estimated_units,
+        "timing": result.timing,
+        "bytes": {
+            "per_round_per_site": last.bytes_down + last.bytes_up,
+            "down": last.bytes_down,
+            "up": last.bytes_up,
+        },
+    }
+
+
+def _statement(result: SimulationResult) -> str:
+    privacy = result.plan.privacy
+    if not result.private:
+        return "NOT PRIVATE: a simulation without the operating system's noise; its ε is unbounded."
+    worst = max(site.spent.epsilon for site in result.sites)
+    return (
+        f"All that left a site is ({worst:.4g}, {privacy.target_delta:g})-differentially private "
+        f"with respect to adding or removing one {privacy.unit.value} of that site."
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _backbone(plan: RunPlan) -> dict[str, Any] | None:
+    if plan.backbone is None:
+        return None
+    return {
+        "source": plan.backbone.source,
+        "sha256": plan.backbone.sha256,
+        "licence": plan.backbone.licence,
+    }
+
+
+def _site(site: SiteResult) -> dict[str, Any]:
+    return {
+        "name": site.name,
+        "records": site.records,
+        "test_records": site.test_records,
+        "units": site.units,
+        "epsilon": _finite(site.spent.epsilon),
+        "delta": site.spent.delta,
+        "accountants": dict(site.spent.by_accountant),
+        "rounds": site.rounds,
+        "refusals": {str(round_): reason for round_, reason in site.refusals.items()},
+    }
+
+
+def _per_site(site: SiteResult) -> dict[str, Any]:
+    return {
+        "name": site.name,
+        "federated": asdict(site.federated),
+        "local_only": asdict(site.local_only) if site.local_only else None,
+    }
+
+
+def _round(record: RoundRecord, point: Curve) -> dict[str, Any]:
+    return {
+        "round": record.round,
+        "kind": record.kind.value,
+        "sites": len(record.sites),
+        "refusals": record.refusals,
+        "seconds": record.seconds,
+        "accuracy": point.accuracy,
+        "epsilon": _finite(point.epsilon),
+    }
+
+
+def refusals_of(records: Sequence[RoundRecord], site: str) -> dict[int, str]:
+    """Rounds in which a site refused, and why."""
+    return {record.round: record.refusals[site] for record in records if site in record.refusals}

