@@ -55,10 +55,22 @@ def test_text_labels_units_and_sites(tmp_path: Path) -> None:
     assert len(examples) == 2
 
 
+def test_cells_of_a_csv_stay_as_they_are_written_whatever_the_header(tmp_path: Path) -> None:
+    assert read(write(tmp_path, "1,label\n007,ill\n1e3,ill\n"), text="1").inputs == ("007", "1e3")
+
+
 def test_the_record_unit_is_the_row_counted_from_one_and_needs_no_patient(tmp_path: Path) -> None:
-    examples = read(write(tmp_path, "body,label,mrn\na,ill,\nb,ill,\n"), patient="mrn")
+    examples = read(write(tmp_path, "body,label\na,ill\nb,ill\n"))
     assert examples.units.tolist() == ["1", "2"]
     assert examples.sites is None
+    assert examples.patients is None
+
+
+def test_the_record_unit_keeps_the_patients_of_a_named_column(tmp_path: Path) -> None:
+    examples = read(write(tmp_path, "body,label,mrn\na,ill,p\nb,ill,p\n"), patient="mrn")
+    assert examples.units.tolist() == ["1", "2"]
+    assert examples.patients is not None
+    assert examples.patients.tolist() == ["p", "p"]
 
 
 @pytest.mark.parametrize("raw", [[0, 1, 4], [0.0, 1.0, 4.0], ["0", "1.0", "4"]])

@@ -156,6 +156,7 @@ def test_columns_are_named_once_in_the_order_of_the_sentence() -> None:
         "{}",
         "{a!r}",
         "{a:{b}}",
+        "{a:{b}d}",
         "{a:.3}",
         "{a:,}",
         "{a:Q}",

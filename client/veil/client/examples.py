@@ -35,6 +35,8 @@ class Examples:
         labels: [n], index into the plan's `task.labels`.
         units: [n], the patient id, or for the record unit the row's number as text, counted from 1.
         sites: [n], the site's name, or None when the table has no site column.
+        patients: [n], the patient id, or None when the table has no patient column; whatever the unit is, a
+            patient is never divided between training and test.
 
     Raises:
         ValueError: when the lengths differ.
@@ -44,12 +46,13 @@ class Examples:
     labels: npt.NDArray[np.int64]
     units: npt.NDArray[np.str_]
     sites: npt.NDArray[np.str_] | None = None
+    patients: npt.NDArray[np.str_] | None = None
 
     def __post_init__(self) -> None:
-        parts = (self.inputs, self.labels, self.units, self.sites)
+        parts = (self.inputs, self.labels, self.units, self.sites, self.patients)
         lengths = [len(part) for part in parts if part is not None]
         if len(set(lengths)) != 1:
-            raise ValueError(f"inputs, labels, units, sites of lengths {lengths}; they must agree")
+            raise ValueError(f"inputs, labels, units, sites, patients of lengths {lengths}; they must agree")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -66,6 +69,7 @@ class Examples:
             labels=self.labels[indices],
             units=self.units[indices],
             sites=None if self.sites is None else self.sites[indices],
+            patients=None if self.patients is None else self.patients[indices],
         )
 
 
@@ -90,15 +94,16 @@ def read_examples(
     _check_roles(columns, task, unit)
     template = None if columns.text_template is None else Template.parse(columns)
     inputs = _input_columns(columns, template)
-    patient = columns.patient if unit is PrivacyUnit.PATIENT else None
-    needed = (*inputs, columns.label, patient, site_column)
+    needed = (*inputs, columns.label, columns.patient, site_column)
     frame = read_table(table, [name for name in needed if name is not None])
     rows = np.arange(1, len(frame) + 1).astype(np.str_)
+    patients = None if columns.patient is None else _names(frame, columns.patient, "patient id")
     return Examples(
         inputs=template.render(frame) if template else _inputs(frame, columns, task, table.parent),
         labels=_labels(frame, columns, task),
-        units=rows if patient is None else _names(frame, patient, "patient id"),
+        units=rows if patients is None or unit is PrivacyUnit.RECORD else patients,
         sites=None if site_column is None else _names(frame, site_column, "site"),
+        patients=patients,
     )
 
 

@@ -79,6 +79,10 @@ class Ledger:
         """Close the file."""
         self._db.close()
 
+    def copy_to(self, path: Path) -> None:
+        """Write all lines, of every site of the file, to a new file without side files."""
+        self._db.execute("VACUUM INTO ?", (str(path),))
+
     def entries(self) -> tuple[Entry, ...]:
         """All lines of this site, oldest first."""
         rows = self._db.execute(

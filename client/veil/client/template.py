@@ -239,7 +239,7 @@ def _parsed(template: str) -> list[tuple[str, str | None, str | None, str | None
 
 def _place(field: str, spec: str, conversion: str | None, columns: Columns) -> Place:
     words = columns.values.get(field)
-    plain = field and not set(field) & set(".[]") and conversion is None and "{" not in spec
+    plain = field and not set(field) & set(".[]") and conversion is None
     if not plain or not _fits(spec, words):
         shown = field + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
         raise TableError(

@@ -376,7 +376,7 @@ def _explained(folder: Path) -> Iterator[None]:
     except WeightsError:
         raise
     except Exception as error:  # a dozen kinds, and none of them says what to do
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise WeightsError(
             f"{folder}: {reason}",
             "a complete model that fits task.kind and takes its max_length or image_size",

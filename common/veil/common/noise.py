@@ -7,6 +7,7 @@ points and its float32 normals lie on a coarse grid that gives membership away (
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Protocol
 
@@ -70,7 +71,7 @@ def box_muller(uniform: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def spacing(max_grad_norm: float) -> float:
     """Distance γ of neighbouring lattice points, in the unit of the clipped values."""
-    return max_grad_norm / 2**LATTICE_BITS
+    return math.ldexp(max_grad_norm, -LATTICE_BITS)
 
 
 def clip_bound(max_grad_norm: float, size: int) -> float:
@@ -82,7 +83,7 @@ def clip_bound(max_grad_norm: float, size: int) -> float:
     Raises:
         ValueError: when so many numbers leave no room (size ≥ 2³⁸).
     """
-    bound = max_grad_norm - spacing(max_grad_norm) * (size**0.5) - 1e-9 * max_grad_norm
+    bound = max_grad_norm - spacing(max_grad_norm) * math.sqrt(size) - 1e-9 * max_grad_norm
     if bound <= max_grad_norm / 2:
         raise ValueError(f"{size} numbers; expected below 2^38 for a lattice of 2^{LATTICE_BITS} points")
     return bound

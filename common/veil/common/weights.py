@@ -187,7 +187,7 @@ def _hub_folder(rest: str) -> Path:
     try:
         return _snapshot(named["repo"], named["revision"])
     except Exception as error:  # the hub client, its HTTP library and the disk each raise their own kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise WeightsError(
             f"hub:{rest} could not be had: {reason}",
             "a snapshot in the local Hugging Face cache, or a reachable hub",
@@ -208,8 +208,11 @@ def _snapshot(repo: str, revision: str) -> Path:
     try:
         # One quick question first: without a network, snapshot_download alone retries for half a minute.
         commit = HfApi().model_info(repo, revision=revision, timeout=_HUB_TIMEOUT_S).sha
-    except Exception:
-        return Path(fetch(revision=revision, local_files_only=True))
+    except Exception as unreachable:
+        try:
+            return Path(fetch(revision=revision, local_files_only=True))
+        except FileNotFoundError:
+            raise unreachable from None
     return Path(fetch(revision=commit or revision))
 
 

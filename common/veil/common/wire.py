@@ -75,7 +75,7 @@ def decode_request(content: RecordDict) -> RoundRequest:
             nominal_units=float(str(config["nominal-units"])),
         )
     except (KeyError, ValueError, PlanError) as error:
-        raise WireError(f"request: {type(error).__name__}") from None
+        raise WireError(f"request: {type(error).__name__}: {error}") from None
 
 
 def encode_reply(reply: RoundReply) -> RecordDict:

@@ -23,7 +23,7 @@ from veil.common.plan import Backbone, RunPlan
 from veil.common.update import Adapter
 from veil.common.weights import fingerprint
 
-_HEAD, _FACTS = "head.safetensors", "veil.json"
+_HEAD, _FACTS = "head/head.safetensors", "veil.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +55,7 @@ class TunedModel:
         if self.backbone is not None:
             self.backbone.save(folder)
             self._name_labels(folder / "config.json")
+        (folder / _HEAD).parent.mkdir()
         (folder / _HEAD).write_bytes(self.adapter.to_bytes())
         facts = {
             "plan": json.loads(self.plan.public().to_json()),

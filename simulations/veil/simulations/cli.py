@@ -60,6 +60,9 @@ def simulate(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")] = Path(
         "runs/demo"
     ),
+    data: Annotated[
+        Path | None, typer.Option(help="Folder that simulation.path starts from; the plan's own by default.")
+    ] = None,
     engine: Annotated[
         EngineName, typer.Option(help="inprocess, or ray for Flower's Ray engine.")
     ] = EngineName.INPROCESS,
@@ -77,7 +80,7 @@ def simulate(
     chosen = parse_plan(plan) if plan is not None else demo.demo_plan()
     if seed is not None:
         chosen = chosen.model_copy(update={"seed": seed})
-    base = plan.resolve().parent if plan is not None else Path.cwd()
+    base = data or (plan.resolve().parent if plan is not None else Path.cwd())
     with Screen(quiet=as_json) as screen:
         result = run(chosen, base=base, output=output, progress=screen, engine=Engine(engine.value))
     if as_json:
@@ -146,12 +149,20 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Run the command line and leave with its exit code."""
     signal.signal(signal.SIGTERM, _terminate)
-    sys.exit(_run())
+    sys.exit(run_command(sys.argv[1:]))
 
 
-def _run() -> int:
+def run_command(words: list[str]) -> int:
+    """Run one command line.
+
+    Args:
+        words: what stands behind `veil`.
+
+    Returns:
+        the exit code; messages went to stderr.
+    """
     try:
-        return int(app(standalone_mode=False) or 0)
+        code = int(app(words, standalone_mode=False) or 0)
     except VeilError as error:
         typer.echo(f"veil: {error}", err=True)
         return error.exit_code
@@ -159,9 +170,11 @@ def _run() -> int:
         error.show()
         return InputError.exit_code
     except (KeyboardInterrupt, click.Abort):
-        typer.echo("veil: interrupted; nothing was written", err=True)
-        return INTERRUPTED
+        code = INTERRUPTED
     except Exception:
         traceback.print_exc()
         typer.echo("veil: this is a defect of Veil; please report the lines above", err=True)
         return VeilError.exit_code
+    if code == INTERRUPTED:
+        typer.echo("veil: interrupted; nothing was written", err=True)
+    return code

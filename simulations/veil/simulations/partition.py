@@ -113,7 +113,8 @@ def _numbered(sites: int) -> tuple[str, ...]:
 
 
 def _units(examples: Examples, record_site: Integers | None, classes: int) -> _Units:
-    names, codes = np.unique(examples.units, return_inverse=True)
+    groups = examples.units if examples.patients is None else examples.patients
+    names, codes = np.unique(groups, return_inverse=True)
     pair = codes if record_site is None else record_site * len(names) + codes
     kept, of_record = np.unique(pair, return_inverse=True)
     votes = np.zeros((len(kept), classes), dtype=np.int64)

@@ -20,7 +20,7 @@ _NAMES = {
     "non_private": "all records pooled, no privacy",
     "centralized_dp": "all records pooled, with DP",
     "federated": "together (Veil)",
-    "local_only": "one site alone, with DP",
+    "local_only": "one site alone, with DP (mean)",
 }
 
 
@@ -60,7 +60,7 @@ def _draw_rounds(axes: Axes, result: SimulationResult) -> None:
             axes.axhline(level, color=_GREY, ls=style, lw=1.5, label=f"{_NAMES[name]}: {level:.1f} %")
     _bare(axes)
     axes.set_xlabel("round (0 centres the features)")
-    axes.set_ylabel("accuracy on held-out records, %", color=_BLUE)
+    axes.set_ylabel("accuracy on all sites' held-out records, %", color=_BLUE)
     if all(math.isfinite(point.epsilon) for point in result.curve):
         twin = axes.twinx()
         twin.plot(x, [p.epsilon for p in result.curve], color=_ORANGE, lw=2)
@@ -78,9 +78,9 @@ def _draw_bars(axes: Axes, result: SimulationResult) -> None:
     ]
     if len(result.sites) <= 12:
         rows += [
-            (f"{site.name} alone, its own records", site.local_only.accuracy, _LIGHT)
+            (f"{site.name} alone, with DP", site.local_only_everywhere.accuracy, _LIGHT)
             for site in result.sites
-            if site.local_only
+            if site.local_only_everywhere
         ]
     rows.reverse()
     places = range(len(rows))
@@ -89,7 +89,7 @@ def _draw_bars(axes: Axes, result: SimulationResult) -> None:
     for place, (_, value, _) in zip(places, rows, strict=True):
         axes.text(100 * value + 0.8, place, f"{100 * value:.1f}", va="center", fontsize=10, color=_INK)
     axes.set_xlim(0, 108)
-    axes.set_xlabel("accuracy on held-out records, %")
+    axes.set_xlabel("accuracy on all sites' held-out records, %")
     _bare(axes)
     axes.tick_params(axis="y", length=0)
 

@@ -35,6 +35,7 @@ class SiteResult:
         refusals: reasons by round.
         federated: the common model on the site's held-out records.
         local_only: its own model on them, where asked for.
+        local_only_everywhere: its own model on all sites' held-out records.
     """
 
     name: str
@@ -46,6 +47,7 @@ class SiteResult:
     refusals: dict[int, str]
     federated: Scores
     local_only: Scores | None
+    local_only_everywhere: Scores | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,6 +171,7 @@ def _per_site(site: SiteResult) -> dict[str, Any]:
         "name": site.name,
         "federated": asdict(site.federated),
         "local_only": asdict(site.local_only) if site.local_only else None,
+        "local_only_everywhere": asdict(site.local_only_everywhere) if site.local_only_everywhere else None,
     }
 
 

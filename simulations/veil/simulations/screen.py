@@ -19,10 +19,13 @@ from veil.simulations.report import SimulationResult, SiteResult
 
 _NAMES = (
     ("federated", "together (Veil)"),
-    ("local_only", "one site alone, with DP (mean)"),
+    ("local_only", "one site alone, with DP (mean of sites)"),
     ("centralized_dp", "all records in one place, with DP"),
     ("non_private", "all records in one place, NOT private"),
 )
+
+
+_ROWS = 40
 
 
 class Screen:
@@ -53,7 +56,9 @@ class Screen:
         self._bars.stop()
 
     def stage(self, name: str, total: int) -> Callable[[int], None]:
-        """A new bar, or a line where there is no terminal."""
+        """A new bar, or a line where there is no terminal; nothing for a stage without steps."""
+        if not total:
+            return lambda done: None
         if not self._console.is_terminal:
             self._console.print(f"{name}: {total}", highlight=False)
             return lambda done: None
@@ -75,7 +80,7 @@ def show_result(result: SimulationResult, output: Path) -> None:
         if name in result.metrics:
             scores = result.metrics[name]
             console.print(
-                f"{words:<38} accuracy {100 * scores.accuracy:5.1f} %   macro F1 {100 * scores.macro_f1:5.1f} %",
+                f"{words:<40} accuracy {100 * scores.accuracy:5.1f} %   macro F1 {100 * scores.macro_f1:5.1f} %",
                 highlight=False,
             )
     console.print(f"\n{output}: report.json, picture.png, model/, ledger.sqlite", highlight=False, soft_wrap=True)
@@ -83,26 +88,21 @@ def show_result(result: SimulationResult, output: Path) -> None:
 
 def _site_table(result: SimulationResult) -> Table:
     unit = result.plan.privacy.unit.value
-    table = Table(title=f"{result.plan.name}: accuracy on each site's own held-out records", title_justify="left")
+    table = Table(title=f"{result.plan.name}: accuracy in % on held-out records", title_justify="left")
     table.add_column("site")
-    for name in ("records", f"{unit}s", "ε spent", "alone %", "together %"):
+    names = ["records", "ε spent", "alone, own", "together, own", "alone, all sites'"]
+    for name in names if unit == "record" else ["records", "patients", *names[1:]]:
         table.add_column(name, justify="right")
-    shown = result.sites if len(result.sites) <= 40 else result.sites[:40]
+    shown = result.sites if len(result.sites) <= _ROWS else result.sites[:_ROWS]
     for site in shown:
-        table.add_row(*_row(site))
+        table.add_row(*_row(site, patients=unit != "record"))
     if len(shown) < len(result.sites):
         table.caption = f"{len(result.sites) - len(shown)} more in report.json"
     return table
 
 
-def _row(site: SiteResult) -> tuple[str, ...]:
+def _row(site: SiteResult, *, patients: bool) -> list[str]:
     epsilon = f"{site.spent.epsilon:.3f}" if math.isfinite(site.spent.epsilon) else "not private"
-    alone = f"{100 * site.local_only.accuracy:.1f}" if site.local_only else "-"
-    return (
-        site.name,
-        str(site.records),
-        str(site.units),
-        epsilon,
-        alone,
-        f"{100 * site.federated.accuracy:.1f}",
-    )
+    counts = [str(site.records), str(site.units)] if patients else [str(site.records)]
+    scores = (site.local_only, site.federated, site.local_only_everywhere)
+    return [site.name, *counts, epsilon, *(f"{100 * s.accuracy:.1f}" if s else "-" for s in scores)]

@@ -39,7 +39,7 @@ from veil.simulations.federation import federate
 from veil.simulations.partition import Share, partition
 from veil.simulations.picture import draw_picture
 from veil.simulations.report import Curve, SimulationResult, SiteResult, build_report, refusals_of, site_spent
-from veil.simulations.workspace import Workspace
+from veil.simulations.workspace import Workspace, close_workspaces
 
 
 class Progress(Protocol):
@@ -99,7 +99,9 @@ def simulate(
         TunedModel(plan=plan, adapter=outcome.adapter, backbone=backbone).save(partial / "model")
         (partial / "report.json").write_text(json.dumps(build_report(result), indent=2) + "\n", encoding="utf-8")
         draw_picture(result, partial / "picture.png")
-        shutil.copyfile(workspace.ledger_path, partial / "ledger.sqlite")
+        with closing(Ledger(workspace.ledger_path, "")) as ledger:
+            ledger.copy_to(partial / "ledger.sqlite")
+        close_workspaces()
         shutil.rmtree(work)
     return result
 
@@ -250,6 +252,7 @@ def _site_result(pool: Pool, workspace: Workspace, outcome: Outcome, baselines: 
         refusals=refusals_of(outcome.records, share.site),
         federated=pool.score(outcome.adapter, share.test),
         local_only=pool.score(own, share.test) if own else None,
+        local_only_everywhere=pool.score(own, pool.test) if own else None,
     )
 
 

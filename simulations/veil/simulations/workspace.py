@@ -93,6 +93,12 @@ class Workspace:
         return _open(self.folder, int(str(context.node_config["partition-id"])))
 
 
+def close_workspaces() -> None:
+    """Forget every opened site of this process, so that its folder can go."""
+    for cached in (_open, _records, _plan):
+        cached.cache_clear()
+
+
 @lru_cache(maxsize=4096)
 def _open(folder: Path, index: int) -> Site:
     records, plan = _records(folder), _plan(folder)

