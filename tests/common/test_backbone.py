@@ -160,7 +160,7 @@ class TestText:
 
     def test_order_is_kept_over_windows(self, minilm: FrozenBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
         expected = minilm.encode(TEXTS)
-        monkeypatch.setattr("veil.common.backbone._WINDOW_BATCHES", 2)
+        monkeypatch.setattr("veil.common.preprocessing._WINDOW_BATCHES", 2)
         assert largest_difference(expected, minilm.encode(TEXTS, batch_size=2)) < 1e-5
 
     def test_rows_are_not_normalised(self, minilm: FrozenBackbone) -> None:

@@ -97,7 +97,7 @@ def test_several_wrong_keys_are_named_at_once(tmp_path: Path) -> None:
 def test_a_plan_is_frozen(tmp_path: Path) -> None:
     plan = parse(tmp_path, DESIGN)
     with pytest.raises(ValidationError):
-        plan.seed = 8  # type: ignore[misc]
+        plan.seed = 8
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from veil.common.errors import InputError
@@ -34,7 +34,7 @@ def test_ray_gives_the_adapter_that_inprocess_gives(write_plan: Callable[..., Pa
 
 
 def test_without_ray_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"veil\[ray\]"):
         engine.check_engine(engine.Engine.RAY)
 
@@ -47,7 +47,7 @@ def test_the_grid_keeps_each_nodes_state_between_rounds() -> None:
     def train(message: Message, context: Context) -> Message:
         number = int(str(context.node_config["partition-id"]))
         seen.append((number, len(context.state)))
-        context.state[f"visit-{len(context.state)}"] = message.content.config_records.get("x") or _config()
+        context.state[f"visit-{len(context.state)}"] = ConfigRecord()
         return Message(content=RecordDict(), reply_to=message)
 
     grid = InProcessGrid(app, 2)
@@ -55,9 +55,3 @@ def test_the_grid_keeps_each_nodes_state_between_rounds() -> None:
         messages = [grid.create_message(RecordDict(), "train", node, "") for node in grid.get_node_ids()]
         assert len(list(grid.send_and_receive(messages))) == 2
     assert seen == [(0, 0), (1, 0), (0, 1), (1, 1)]
-
-
-def _config():  # type: ignore[no-untyped-def]
-    from flwr.app import ConfigRecord
-
-    return ConfigRecord()

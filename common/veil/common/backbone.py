@@ -7,45 +7,23 @@ that trains, moves its statistics or would start with random layers is refused.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, Protocol
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from veil.common import lite0
-from veil.common.errors import RunError, TableError, WeightsError
+from veil.common.errors import RunError, WeightsError
 from veil.common.plan import Backbone, Task
+from veil.common.preprocessing import Batch, Features, ImageReader, Modality, Reader, TextReader, canonical, read_json
 from veil.common.weights import COMPANIONS, WEIGHTS_NAME, PinnedWeights, locate, sha256_of
-
-Modality = Literal["text", "image"]
-Features = npt.NDArray[np.float32]
-Batch = dict[str, Tensor]
-
-_WINDOW_BATCHES: Final = 64
-_CONFIGS: Final = ("config.json", "preprocessor_config.json")
-_VOCABULARIES: Final = frozenset(
-    {
-        "tokenizer.json",
-        "vocab.txt",
-        "vocab.json",
-        "spiece.model",
-        "sentencepiece.bpe.model",
-        "tokenizer.model",
-    }
-)
-_VOLATILE_KEYS: Final = frozenset({"transformers_version", "_name_or_path"})
-_DEEP_IMAGE_MODES: Final = frozenset({"F", "I", "I;16", "I;16L", "I;16B", "I;16N"})
 
 
 class FrozenBackbone:
@@ -62,12 +40,12 @@ class FrozenBackbone:
         - no module is in train mode, and no buffer changes, while features are computed
     """
 
-    def __init__(self, model: nn.Module, reader: _Reader, pooling: _Pooling, files: PinnedWeights, sha256: str) -> None:
+    def __init__(self, model: nn.Module, reader: Reader, pooling: _Pooling, files: PinnedWeights, sha256: str) -> None:
         self._model, self._reader, self._pooling, self._files = model, reader, pooling, files
         self._buffers: Batch | None = {name: one.clone() for name, one in model.named_buffers()}
         self.width: int = pooling.width
         self.modality: Modality = reader.modality
-        self.preprocessing: str = _canonical({**reader.facts, "pooling": pooling.name})
+        self.preprocessing: str = canonical({**reader.facts, "pooling": pooling.name})
         self.sha256: str = sha256
 
     def encode(
@@ -157,133 +135,14 @@ def load_backbone(backbone: Backbone, task: Task, *, base: Path) -> FrozenBackbo
     files = lite0.converted(pinned) if pinned.weights_file.suffix == ".pth" else pinned
     with _quiet(), _explained(files.folder):
         _refuse_code(files.folder)
-        reader: _Reader = (
-            _TextReader(files.folder, task.max_length)
+        reader: Reader = (
+            TextReader(files.folder, task.max_length)
             if task.kind == "text-classification"
-            else _ImageReader(files.folder, task.image_size)
+            else ImageReader(files.folder, task.image_size)
         )
         model, lacking = _model(files)
         pooling = _pooling(model, reader, lacking)
     return FrozenBackbone(model, reader, pooling, files, backbone.sha256)
-
-
-class _Reader(Protocol):
-    """Turns records into what a model takes; `facts` says how, completely."""
-
-    modality: Modality
-    facts: dict[str, Any]
-
-    def batches(self, records: Sequence[Any], size: int) -> Iterator[tuple[list[int], Batch]]:
-        """Every record once, as (positions, model inputs), at most `size` at a time."""
-
-    def largest(self) -> Batch:
-        """Model inputs for one record of the greatest size there can be."""
-
-
-class _TextReader:
-    """Texts → token ids, padded on the right to the longest of a batch."""
-
-    modality: Modality = "text"
-
-    def __init__(self, folder: Path, max_length: int) -> None:
-        from transformers import AutoTokenizer
-
-        names = [name for name in COMPANIONS if name not in _CONFIGS and (folder / name).is_file()]
-        if _VOCABULARIES.isdisjoint(names):
-            # Without one, transformers makes an empty tokenizer that knows no word and says nothing.
-            raise ValueError("no tokenizer vocabulary beside the weights")
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        self._max_length = max_length
-        self._padding = int(self._tokenizer.pad_token_id or 0)
-        self.facts = {
-            "modality": self.modality,
-            "max_length": max_length,
-            "config": _config_digest(folder),
-            "tokenizer": _digest({name: sha256_of(folder / name) for name in names}),
-        }
-
-    def batches(self, records: Sequence[str], size: int) -> Iterator[tuple[list[int], Batch]]:
-        """Texts by length within a window of many batches, so that little padding is computed."""
-        window = size * _WINDOW_BATCHES
-        for start in range(0, len(records), window):
-            rows = self._tokens(records[start : start + window])
-            order = sorted(range(len(rows)), key=lambda one: len(rows[one]))
-            for first in range(0, len(order), size):
-                chosen = order[first : first + size]
-                yield [start + one for one in chosen], self._padded([rows[one] for one in chosen])
-
-    def largest(self) -> Batch:
-        """One text that fills `max_length`, with the vocabulary's last token in it."""
-        (row,) = self._tokens(["a " * self._max_length])
-        return self._padded([[*row[:-1], max(self._tokenizer.get_vocab().values())]])
-
-    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        tokens = self._tokenizer(list(texts), truncation=True, max_length=self._max_length)["input_ids"]
-        return [row or [self._padding] for row in tokens]
-
-    def _padded(self, rows: list[list[int]]) -> Batch:
-        longest = max(map(len, rows))
-        ids = [row + [self._padding] * (longest - len(row)) for row in rows]
-        mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
-        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-
-
-class _ImageReader:
-    """Image files → pixels of a square, scaled as the folder's preprocessor_config.json says."""
-
-    modality: Modality = "image"
-
-    def __init__(self, folder: Path, image_size: int) -> None:
-        told = _read_json(folder / "preprocessor_config.json")
-        self._size = image_size
-        self._factor = float(told.get("rescale_factor", 1 / 255)) if told.get("do_rescale", True) else 1.0
-        normalise = told.get("do_normalize", True)
-        self._mean = np.asarray(told["image_mean"] if normalise else [0, 0, 0], np.float32)
-        self._std = np.asarray(told["image_std"] if normalise else [1, 1, 1], np.float32)
-        if self._mean.shape != (3,) or self._std.shape != (3,) or not (self._std > 0).all():
-            raise ValueError("image_mean and image_std must be three numbers each, image_std above 0")
-        self.facts = {
-            "modality": self.modality,
-            "image_size": image_size,
-            "colours": "RGB",
-            "resample": "bilinear",
-            "rescale_factor": self._factor,
-            "mean": self._mean.tolist(),
-            "std": self._std.tolist(),
-            "config": _config_digest(folder),
-        }
-
-    def batches(self, records: Sequence[Path], size: int) -> Iterator[tuple[list[int], Batch]]:
-        """Images in the order given."""
-        for start in range(0, len(records), size):
-            chosen = list(range(start, min(start + size, len(records))))
-            yield chosen, self._scaled(np.stack([self._colours(records[one]) for one in chosen]))
-
-    def largest(self) -> Batch:
-        """One black image."""
-        return self._scaled(np.zeros((1, self._size, self._size, 3), np.float32))
-
-    def _colours(self, path: Path) -> Features:
-        """float32 [size, size, 3], 0 to 255."""
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(path) as image:
-                    if image.mode in _DEEP_IMAGE_MODES:
-                        raise ValueError(f"more than 8 bits a channel, mode {image.mode}")
-                    square = image.convert("RGB").resize((self._size,) * 2, Image.Resampling.BILINEAR)
-        except Exception as error:  # a damaged file fails inside Pillow in many ways, all of them the file's
-            raise TableError(
-                f"image {path}: {error}",
-                "a complete image of 8 bits a channel that Pillow reads, such as PNG or JPEG",
-                "replace or convert the file, or remove its row",
-            ) from None
-        return np.asarray(square, np.float32)
-
-    def _scaled(self, colours: Features) -> Batch:
-        pixels = (colours * np.float32(self._factor) - self._mean) / self._std
-        return {"pixel_values": torch.from_numpy(pixels).permute(0, 3, 1, 2)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,7 +154,7 @@ class _Pooling:
     pool: Callable[[Any, Batch], Tensor]
 
 
-def _pooling(model: nn.Module, reader: _Reader, lacking: set[str]) -> _Pooling:
+def _pooling(model: nn.Module, reader: Reader, lacking: set[str]) -> _Pooling:
     """Choose by the output for the largest record, which also shows that the model takes such records."""
     batch = reader.largest()
     with torch.inference_mode():
@@ -360,7 +219,7 @@ def _model(files: PinnedWeights) -> tuple[nn.Module, set[str]]:
 
 def _refuse_code(folder: Path) -> None:
     for name in (one for one in COMPANIONS if one.endswith("config.json") and (folder / one).is_file()):
-        if "auto_map" in _read_json(folder / name):
+        if "auto_map" in read_json(folder / name):
             raise WeightsError(
                 f"{folder / name} asks for code of its own (auto_map)",
                 "a model that the installed transformers knows",
@@ -401,27 +260,6 @@ def _quiet() -> Iterator[None]:
             control.set_verbosity(level)
             if bars:
                 control.enable_progress_bar()
-
-
-def _config_digest(folder: Path) -> str:
-    config = _read_json(folder / "config.json")
-    return _digest({key: value for key, value in config.items() if key not in _VOLATILE_KEYS})
-
-
-def _digest(document: dict[str, Any]) -> str:
-    return hashlib.sha256(_canonical(document).encode()).hexdigest()
-
-
-def _canonical(document: dict[str, Any]) -> str:
-    return json.dumps(document, sort_keys=True, separators=(",", ":"))
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; anything else becomes a `WeightsError` in `_explained`."""
-    document = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(document, dict):
-        raise ValueError(f"{file.name} is not a JSON object")
-    return document
 
 
 def _not_frozen(found: str) -> RunError:
