@@ -21,6 +21,9 @@ from veil.common.privacy import Mechanism, PrivacyBudget, accounting, calibrate,
 DELTA = 1e-5
 BATCH = 64
 SITES = (20, 100, 1000, 50_000)
+GUARD = 1e-5
+"""What a reported ε may lie above a tight accountant's own figure, relative."""
+
 LOOSEST = 1.03
 """No reported ε may be above the RDP bound by more: a bound is no use when the cheap one is better."""
 
@@ -64,9 +67,10 @@ def check(mechanisms: list[Mechanism]) -> None:
     figure = spent(mechanisms, DELTA)
     pessimistic = independent(mechanisms, pld.PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE))
     loose = independent(mechanisms, rdp.RdpAccountant())
-    assert pessimistic * (1 - 1e-9) <= figure.epsilon <= LOOSEST * loose
+    assert pessimistic <= figure.epsilon <= LOOSEST * loose
     assert figure.delta == DELTA
-    assert figure.epsilon == max(value for name, value in figure.by_accountant.items() if name != "rdp")
+    tight = max(value for name, value in figure.by_accountant.items() if name != "rdp")
+    assert tight <= figure.epsilon <= tight * (1 + 2 * GUARD)
 
 
 def local(site: int, rounds: int) -> tuple[float, int]:
@@ -78,11 +82,11 @@ def local(site: int, rounds: int) -> tuple[float, int]:
 @pytest.mark.parametrize("mu_squared", [0.0719, 0.517, 2.776])
 @pytest.mark.parametrize("steps", [1, 30, 1000])
 def test_full_batches_cost_the_exact_gaussian(mu_squared: float, steps: int) -> None:
-    """The ledger's figure against the closed equation, to 1e-9; a PLD may only lie above, by its grid."""
+    """The Gaussian figure against the closed equation, to 1e-9; what is reported lies above, by its guard."""
     figure = spent([mechanism(math.sqrt(steps / mu_squared), steps=steps)], DELTA)
     exact = exact_gaussian(math.sqrt(mu_squared), DELTA)
     assert figure.by_accountant["gaussian"] == pytest.approx(exact, rel=1e-9)
-    assert exact * (1 - 1e-9) <= figure.epsilon <= exact * (1 + 1e-6)
+    assert exact < figure.epsilon <= exact * (1 + 2 * GUARD)
 
 
 @pytest.mark.parametrize(("mu_squared", "epsilon"), [(0.0719, 1.0), (0.517, 3.0), (2.776, 8.0)])
@@ -105,22 +109,20 @@ def test_mu_squared_of_a_sample_does_not_exist() -> None:
         gaussian_mu_squared([mechanism(1.0), mechanism(1.0, rate=0.1)])
 
 
-@pytest.mark.parametrize("rounds", [1, 30, 200])
+@pytest.mark.parametrize(("rounds", "target"), [(1, 0.5), (30, 0.5), (30, 3.0), (30, 8.0), (200, 3.0)])
 @pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("target", [0.5, 3.0, 8.0])
 def test_calibrated_plans_lie_between_the_accountants(site: int, rounds: int, target: float) -> None:
     rate, steps = local(site, rounds)
-    if (rounds, target) not in {(30, 0.5), (30, 3.0), (30, 8.0), (1, 3.0), (200, 3.0)}:
-        pytest.skip("the other two targets are checked at 30 rounds")
     budget = PrivacyBudget(target_epsilon=target, target_delta=DELTA)
     calibrated = calibrate(budget, steps=steps, sample_rate=rate, max_grad_norm=1.0)
     assert spent([calibrated], DELTA).epsilon <= target
     check([calibrated])
 
 
-@pytest.mark.parametrize("sigma", [0.5, 1.0, 4.0, 20.0])
+@pytest.mark.parametrize(
+    ("rounds", "sigma"), [(1, 0.5), (1, 1.0), (1, 4.0), (30, 0.5), (30, 2.0), (30, 20.0), (200, 1.0), (200, 20.0)]
+)
 @pytest.mark.parametrize("site", SITES)
-@pytest.mark.parametrize("rounds", [1, 30])
 def test_fixed_noise_lies_between_the_accountants(site: int, rounds: int, sigma: float) -> None:
     rate, steps = local(site, rounds)
     one = mechanism(sigma, rate, steps)
@@ -150,7 +152,7 @@ def test_different_mechanisms_compose() -> None:
         mechanism(1.2, rate=0.064, steps=40),
     ]
     random.Random(0).shuffle(shuffled)  # noqa: S311
-    assert spent(shuffled, DELTA).epsilon == together
+    assert spent(shuffled, DELTA).epsilon == pytest.approx(together, rel=1e-12)
 
 
 @pytest.mark.parametrize("change", [{"sigma": 0.99}, {"rate": 0.033}, {"steps": 330}])
@@ -207,7 +209,7 @@ def test_absurd_plans_are_answered_by_the_cheap_accountant(
     finally:
         tracemalloc.stop()
     assert figure.epsilon > accounting.PLD_LIMIT
-    assert figure.epsilon <= figure.by_accountant["rdp"]
+    assert figure.epsilon <= figure.by_accountant["rdp"] * (1 + 2 * GUARD)
     assert peak < 32 * 2**20
 
 

