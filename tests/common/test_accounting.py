@@ -16,13 +16,16 @@ from opacus.accountants import PRVAccountant
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from veil.common.privacy import Mechanism, PrivacyBudget, accounting, calibrate, gaussian_mu_squared, spent
+from veil.common.privacy import Mechanism, accounting, gaussian_mu_squared, spent
 
 DELTA = 1e-5
 BATCH = 64
 SITES = (20, 100, 1000, 50_000)
 GUARD = 1e-5
 """What a reported ε may lie above a tight accountant's own figure, relative."""
+
+GRID = 0.01
+"""What the PLD's rounding may add to ε over more than 10⁵ steps; it shows where ε is below 0.1."""
 
 LOOSEST = 1.03
 """No reported ε may be above the RDP bound by more: a bound is no use when the cheap one is better."""
@@ -67,7 +70,8 @@ def check(mechanisms: list[Mechanism]) -> None:
     figure = spent(mechanisms, DELTA)
     pessimistic = independent(mechanisms, pld.PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE))
     loose = independent(mechanisms, rdp.RdpAccountant())
-    assert pessimistic <= figure.epsilon <= LOOSEST * loose
+    rounding = GRID if sum(one.steps for one in mechanisms) > 100_000 else 0.0
+    assert pessimistic <= figure.epsilon <= LOOSEST * loose + rounding
     assert figure.delta == DELTA
     tight = max(value for name, value in figure.by_accountant.items() if name != "rdp")
     assert tight <= figure.epsilon <= tight * (1 + 2 * GUARD)
@@ -109,14 +113,23 @@ def test_mu_squared_of_a_sample_does_not_exist() -> None:
         gaussian_mu_squared([mechanism(1.0), mechanism(1.0, rate=0.1)])
 
 
-@pytest.mark.parametrize(("rounds", "target"), [(1, 0.5), (30, 0.5), (30, 3.0), (30, 8.0), (200, 3.0)])
+def noise_for(target: float, rate: float, steps: int) -> float:
+    """σ, to a per cent, at which an RDP bound reaches the target, found by halving (no accountant of ours)."""
+    low, high = math.log(0.3), math.log(3000.0)
+    while high - low > 0.01:
+        middle = (low + high) / 2
+        enough = independent([mechanism(math.exp(middle), rate, steps)], rdp.RdpAccountant()) <= target
+        low, high = (low, middle) if enough else (middle, high)
+    return math.exp(high)
+
+
+@pytest.mark.parametrize(("rounds", "target"), [(1, 0.5), (1, 3.0), (30, 0.5), (30, 3.0), (30, 8.0), (200, 3.0)])
 @pytest.mark.parametrize("site", SITES)
 def test_calibrated_plans_lie_between_the_accountants(site: int, rounds: int, target: float) -> None:
     rate, steps = local(site, rounds)
-    budget = PrivacyBudget(target_epsilon=target, target_delta=DELTA)
-    calibrated = calibrate(budget, steps=steps, sample_rate=rate, max_grad_norm=1.0)
-    assert spent([calibrated], DELTA).epsilon <= target
-    check([calibrated])
+    sigma = noise_for(target, rate, steps)
+    check([mechanism(sigma, rate, steps)])
+    assert spent([mechanism(sigma, rate, steps)], DELTA).epsilon <= target * (1 + 2 * GUARD)
 
 
 @pytest.mark.parametrize(

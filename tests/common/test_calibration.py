@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from veil.common.privacy import (
@@ -23,6 +23,8 @@ from veil.common.privacy import (
 from veil.common.privacy.mechanism import MIN_NOISE_MULTIPLIER
 
 DELTA = 1e-5
+UNSHRUNK = (Phase.explicit, Phase.generate)
+"""An example takes seconds: one that fails is reported as it is."""
 
 
 def budget(epsilon: float, delta: float = DELTA) -> PrivacyBudget:
@@ -46,7 +48,7 @@ def check(found: Mechanism, target: float, alongside: Iterable[Mechanism] = ()) 
         assert spent([*alongside, quieter(found, 1.01)], DELTA).epsilon > target
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True, phases=UNSHRUNK)
 @given(
     epsilon=st.floats(0.1, 20.0),
     rate=st.sampled_from([1.0, 0.2, 0.05, 0.01]),
@@ -56,7 +58,7 @@ def test_the_promise_holds_and_is_tight(epsilon: float, rate: float, steps: int)
     check(calibrate(budget(epsilon), steps=steps, sample_rate=rate, max_grad_norm=0.5), epsilon)
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=3, deadline=None, derandomize=True, phases=UNSHRUNK)
 @given(
     epsilon=st.floats(0.3, 8.0),
     rate=st.sampled_from([1.0, 0.1]),
@@ -71,7 +73,7 @@ def test_the_promise_holds_for_everything_together(epsilon: float, rate: float, 
     assert found.noise_multiplier >= alone.noise_multiplier
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True, phases=UNSHRUNK)
 @given(epsilon=st.floats(0.1, 20.0), steps=st.integers(1, 10_000))
 def test_full_batches_lose_next_to_nothing(epsilon: float, steps: int) -> None:
     found = calibrate(budget(epsilon), steps=steps, max_grad_norm=0.5)
@@ -88,12 +90,19 @@ def test_golden_numbers_of_thirty_full_batches(epsilon: float, sigma: float) -> 
 
 
 def test_what_was_asked_for_comes_back() -> None:
-    found = calibrate(budget(3.0), steps=7, sample_rate=0.25, max_grad_norm=0.7, unit=PrivacyUnit.PATIENT)
+    found = calibrate(budget(0.5), steps=7, sample_rate=0.25, max_grad_norm=0.7, unit=PrivacyUnit.PATIENT)
     assert (found.steps, found.sample_rate, found.max_grad_norm, found.unit) == (7, 0.25, 0.7, PrivacyUnit.PATIENT)
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.05])
-def test_an_enormous_budget_gets_the_least_noise_there_is(rate: float) -> None:
+def test_an_enormous_budget_gets_the_least_noise_there_is(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an accountant that answers at once: no 1/σ² reaches 900."""
+
+    def quick(mechanisms: Iterable[Mechanism], at: float) -> PrivacySpent:
+        figure = sum(one.noise_multiplier**-2 for one in mechanisms)
+        return PrivacySpent(epsilon=figure, delta=at, by_accountant={})
+
+    monkeypatch.setattr(calibration, "spent", quick)
     found = calibrate(budget(900.0), steps=1, sample_rate=rate, max_grad_norm=1.0)
     assert found.noise_multiplier == pytest.approx(MIN_NOISE_MULTIPLIER, rel=1e-12)
     assert found.noise_multiplier >= MIN_NOISE_MULTIPLIER
@@ -121,13 +130,13 @@ def test_no_noise_is_enough_when_the_budget_is_below_every_bound(monkeypatch: py
 
 @pytest.mark.parametrize(("epsilon", "delta"), [(3.0, 1e-20), (3.0, 1e-15), (1e-6, 1e-9), (1e-15, 1e-14)])
 def test_a_promise_no_accountant_can_see_ends(epsilon: float, delta: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A site calibrates whatever plan it is sent: 200 evaluations must be enough, for an answer or a ValueError."""
+    """A site calibrates whatever plan it is sent: 40 evaluations must be enough, for an answer or a ValueError."""
     calls = 0
 
     def counted(mechanisms: Iterable[Mechanism], at: float) -> PrivacySpent:
         nonlocal calls
         calls += 1
-        if calls > 200:
+        if calls > 40:
             pytest.fail("the search for σ does not end")
         return spent(mechanisms, at)
 

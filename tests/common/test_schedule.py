@@ -29,16 +29,18 @@ def epsilon(one: RunPlan) -> float:
     return spent([release.mechanism for release in schedule(one)], one.privacy.target_delta).epsilon
 
 
-@pytest.mark.parametrize("target", [0.5, 3.0, 8.0])
+FEDAVG = {"algorithm": "dp-fedavg", "rounds": 20, "sample_rate": 0.1}
+
+
 @pytest.mark.parametrize(
-    "training",
+    ("training", "target"),
     [
-        {"rounds": 1},
-        {"rounds": 30},
-        {"rounds": 30, "centre": False},
-        {"algorithm": "dp-fedavg", "rounds": 20, "sample_rate": 0.1},
-        {"algorithm": "dp-fedavg", "rounds": 5, "sample_rate": 0.3, "local_epochs": 4, "centre": False},
-        {"algorithm": "dp-fedavg", "rounds": 3, "sample_rate": 1.0},
+        *[({"rounds": 1}, target) for target in (0.5, 3.0, 8.0)],
+        *[({"rounds": 30}, target) for target in (0.5, 3.0, 8.0)],
+        *[({"rounds": 30, "centre": False}, target) for target in (0.5, 3.0, 8.0)],
+        *[(FEDAVG, target) for target in (0.5, 3.0, 8.0)],
+        ({**FEDAVG, "local_epochs": 4, "centre": False, "sample_rate": 0.3}, 1.0),
+        ({**FEDAVG, "sample_rate": 1.0}, 3.0),
     ],
 )
 def test_the_whole_run_keeps_the_promise(training: dict[str, Any], target: float) -> None:
@@ -65,7 +67,7 @@ def test_fedsgd_is_one_centring_round_and_then_full_batches() -> None:
 
 @pytest.mark.parametrize("training", [{"rounds": 7}, {"algorithm": "dp-fedavg", "rounds": 7}])
 def test_without_centring_every_round_is_a_training_round(training: dict[str, Any]) -> None:
-    releases = schedule(plan({**training, "centre": False}))
+    releases = schedule(plan({**training, "centre": False}, target_epsilon=0.5))
     assert [r.round for r in releases] == list(range(1, 8))
     assert ReleaseKind.CENTRE not in {r.kind for r in releases}
 
@@ -80,7 +82,8 @@ def test_the_centring_round_has_its_share_of_mu_squared() -> None:
     ("epochs", "rate", "steps"), [(1, 0.1, 10), (3, 0.1, 30), (1, 0.3, 3), (2, 0.3, 7), (1, 1.0, 1), (1, 0.9, 1)]
 )
 def test_fedavg_steps_pass_over_the_records_local_epochs_times(epochs: int, rate: float, steps: int) -> None:
-    one = plan({"algorithm": "dp-fedavg", "rounds": 2, "local_epochs": epochs, "sample_rate": rate})
+    training = {"algorithm": "dp-fedavg", "rounds": 2, "local_epochs": epochs, "sample_rate": rate}
+    one = plan(training, target_epsilon=0.5)
     assert local_steps(one) == steps
     for release in schedule(one)[1:]:
         assert (release.kind, release.mechanism.steps, release.mechanism.sample_rate) == (

@@ -39,12 +39,14 @@ class Entry:
         round: its round.
         mechanism: what was done.
         noise: the name of the noise source; only `os` is private.
+        plan: SHA-256 of the plan.
     """
 
     job: str
     round: int
     mechanism: Mechanism
     noise: str
+    plan: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,11 +88,11 @@ class Ledger:
     def entries(self) -> tuple[Entry, ...]:
         """All lines of this site, oldest first."""
         rows = self._db.execute(
-            "SELECT job, round, mechanism, noise FROM spend WHERE site = ? ORDER BY seq", (self._site,)
+            "SELECT job, round, mechanism, noise, plan FROM spend WHERE site = ? ORDER BY seq", (self._site,)
         )
         return tuple(
-            Entry(job=job, round=round_, mechanism=Mechanism.from_record(json.loads(text)), noise=noise)
-            for job, round_, text, noise in rows
+            Entry(job=job, round=round_, mechanism=Mechanism.from_record(json.loads(text)), noise=noise, plan=plan)
+            for job, round_, text, noise, plan in rows
         )
 
     def spend(

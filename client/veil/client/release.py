@@ -17,11 +17,8 @@ from veil.common.exchange import RoundRequest
 from veil.common.head import CENTRE, WEIGHT
 from veil.common.noise import NoiseSource, clip_bound, privatize, spacing
 from veil.common.privacy import Mechanism
-from veil.common.schedule import COUNT_WEIGHT, Release, ReleaseKind
+from veil.common.schedule import COUNT_WEIGHT, DELTA_SPACING, Release, ReleaseKind
 from veil.common.update import Update
-
-DELTA_SPACING = 2.0**-24
-"""Grid of a dp-fedavg update, which is already private when it is rounded."""
 
 DEFAULT_LOCAL_RATE = 4.0
 """dp-fedavg's rate where the plan names none (facts: 20 rounds, one epoch, centred features)."""

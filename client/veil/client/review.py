@@ -14,7 +14,8 @@ from veil.client.ledger import Entry, total
 from veil.client.policy import Limits
 from veil.common.errors import RefusalCode, RefusalError
 from veil.common.exchange import RoundRequest
-from veil.common.privacy import PrivacyUnit
+from veil.common.head import CENTRE, WEIGHT
+from veil.common.plan import Privacy
 from veil.common.schedule import Release, schedule
 
 
@@ -35,19 +36,40 @@ def release_of(request: RoundRequest) -> Release:
     )
 
 
-def review_plan(request: RoundRequest, limits: Limits) -> None:
-    """Refuse a plan that protects less than the site demands.
+def review_request(request: RoundRequest, limits: Limits) -> None:
+    """Refuse a plan that protects otherwise than the site demands, and a request that cannot be answered.
 
     Raises:
-        RefusalError: naming the plan's value and the site's limit.
+        RefusalError: naming the request's value and what the site expects.
     """
-    privacy = request.plan.privacy
-    if limits.unit is PrivacyUnit.PATIENT and privacy.unit is not PrivacyUnit.PATIENT:
+    _review_privacy(request.plan.privacy, limits)
+    if not (math.isfinite(request.nominal_units) and request.nominal_units >= 1):
+        raise RefusalError(
+            RefusalCode.MALFORMED,
+            f"nominal_units = {request.nominal_units}",
+            "a finite number of at least 1",
+            "the coordinator must send a public size",
+        )
+    shapes = {name: tensor.shape for name, tensor in request.adapter.tensors.items()}
+    width = shapes.get(CENTRE, (0,))[0]
+    wanted = {CENTRE: (width,), WEIGHT: (len(request.plan.task.labels), width + 1)}
+    if shapes != wanted:
+        raise RefusalError(
+            RefusalCode.MALFORMED,
+            f"an adapter of {shapes}",
+            f"{wanted}",
+            "the coordinator must send the plan's adapter",
+        )
+
+
+def _review_privacy(privacy: Privacy, limits: Limits) -> None:
+    """The unit must be the site's own: each of the two says nothing about the other at the same ε."""
+    if privacy.unit is not limits.unit:
         raise RefusalError(
             RefusalCode.POLICY,
             f'privacy.unit = "{privacy.unit}"',
-            'unit = "patient", as this site\'s limits say',
-            "the coordinator can plan for the patient unit, or the operator can lower limits.unit",
+            f'unit = "{limits.unit}", as this site\'s limits say',
+            "the coordinator can plan for that unit",
         )
     if privacy.target_delta > limits.delta:
         raise RefusalError(
@@ -56,42 +78,63 @@ def review_plan(request: RoundRequest, limits: Limits) -> None:
             f"at most limits.delta = {limits.delta}",
             "the coordinator can lower target_delta",
         )
-    if not (math.isfinite(request.nominal_units) and request.nominal_units >= 1):
+    if privacy.max_records_per_patient > limits.max_records_per_patient:
         raise RefusalError(
-            RefusalCode.MALFORMED,
-            f"nominal_units = {request.nominal_units}",
-            "a finite number of at least 1",
-            "the coordinator must send a public size",
+            RefusalCode.POLICY,
+            f"privacy.max_records_per_patient = {privacy.max_records_per_patient}",
+            f"at most limits.max_records_per_patient = {limits.max_records_per_patient}",
+            "the coordinator can lower max_records_per_patient",
         )
 
 
 def affordable(
     request: RoundRequest, release: Release, limits: Limits, *, noise: str
 ) -> Callable[[Sequence[Entry]], None]:
-    """The budget check for the ledger's transaction: everything so far plus all that is left of this plan.
+    """The check for the ledger's transaction: everything so far plus all that is left of this plan.
 
     Returns:
-        a function of the ledger's lines that raises `RefusalError` when a limit would be passed.
+        a function of the ledger's lines that raises `RefusalError` when the job's plan is another one than before,
+        when lines protect another unit, or when a limit would be passed.
     """
+    plan = request.plan.sha256
     remaining = [
-        Entry(job=request.job, round=r.round, mechanism=r.mechanism, noise=noise)
+        Entry(job=request.job, round=r.round, mechanism=r.mechanism, noise=noise, plan=plan)
         for r in schedule(request.plan)
         if r.round >= release.round
     ]
 
     def check(entries: Sequence[Entry]) -> None:
+        _check_history(entries, request.job, plan, limits)
         projected = [*entries, *remaining]
-        for name, limit, job in (
-            ("epsilon_per_run", limits.epsilon_per_run, request.job),
-            ("epsilon_lifetime", limits.epsilon_lifetime, None),
-        ):
-            epsilon = total(projected, limits.delta, job).epsilon
-            if epsilon > limit:
-                raise RefusalError(
-                    RefusalCode.BUDGET,
-                    f"this run would reach epsilon {epsilon:.4g} in the ledger",
-                    f"at most limits.{name} = {limit:.4g}",
-                    "fewer rounds or a smaller target_epsilon in the plan, or a higher limit in the site's file",
-                )
+        _check_limit(projected, "epsilon_per_run", limits.epsilon_per_run, limits.delta, request.job)
+        _check_limit(projected, "epsilon_lifetime", limits.epsilon_lifetime, limits.delta, None)
 
     return check
+
+
+def _check_history(entries: Sequence[Entry], job: str, plan: str, limits: Limits) -> None:
+    if any(entry.job == job and entry.plan != plan for entry in entries):
+        raise RefusalError(
+            RefusalCode.PLAN_CHANGED,
+            f"job {job} with another plan than in earlier rounds",
+            "the plan that the job began with",
+            "the coordinator can start a new job with the new plan",
+        )
+    if any(entry.mechanism.unit is not limits.unit for entry in entries):
+        raise RefusalError(
+            RefusalCode.POLICY,
+            f'ledger lines of another unit than limits.unit = "{limits.unit}"',
+            "one unit throughout a ledger, as costs of different units do not add up",
+            "put limits.unit back to what it was",
+        )
+
+
+def _check_limit(entries: Sequence[Entry], name: str, limit: float, delta: float, job: str | None) -> None:
+    epsilon = total(entries, delta, job).epsilon
+    if epsilon > limit:
+        raise RefusalError(
+            RefusalCode.BUDGET,
+            f"this run would reach epsilon {epsilon:.4g} in the ledger",
+            f"at most limits.{name} = {limit:.4g}",
+            "fewer rounds or a smaller target_epsilon in the plan, or a higher limit in the site's file",
+        )

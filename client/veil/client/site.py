@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from veil.client.ledger import Ledger
 from veil.client.policy import SitePolicy
 from veil.client.release import draw
-from veil.client.review import affordable, release_of, review_plan
+from veil.client.review import affordable, release_of, review_request
 from veil.client.units import Units
 from veil.common.errors import RefusalCode, RefusalError, VeilError
 from veil.common.exchange import RoundReply, RoundRequest
@@ -56,7 +56,7 @@ class Site:
             return self._reply(request, refusal=RefusalCode.INTERNAL)
 
     def _release(self, request: RoundRequest) -> Update:
-        review_plan(request, self.policy.limits)
+        review_request(request, self.policy.limits)
         release = release_of(request)
         noise = self.noise(request)
         claim = self.ledger.spend(

@@ -14,7 +14,7 @@ from veil.common.update import Adapter
 
 WEIGHT = "head.weight"
 CENTRE = "centre"
-INTERCEPT = 0.5
+INTERCEPT = 0.25
 """Constant feature appended after centring; appended before, centring would remove it."""
 
 

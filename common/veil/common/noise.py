@@ -14,8 +14,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from veil.common.privacy.mechanism import MAX_NOISE_MULTIPLIER
+
 LATTICE_BITS = 20
 """The lattice has 2²⁰ points per clipping bound."""
+
+
+_LARGEST = 2.0**52
 
 
 class NoiseSource(Protocol):
@@ -57,15 +62,19 @@ class OSNoise:
         return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def gaussian(self, count: int) -> NDArray[np.float64]:
-        """Standard normal numbers by Box & Muller (1958), tails to 8.57 σ, [count]."""
-        return box_muller(self.uniform(2 * ((count + 1) // 2)))[:count]
+        """Standard normal numbers by Box & Muller (1958), tails to 12.1 σ, [count]."""
+        return box_muller(self.uniform(3 * ((count + 1) // 2)))[:count]
 
 
 def box_muller(uniform: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Turn an even number of uniform numbers in [0, 1) into as many independent standard normal ones."""
-    first, second = np.split(uniform, 2)
-    radius = np.sqrt(-2.0 * np.log(1.0 - first))
-    angle = 2.0 * np.pi * second
+    """Turn 3m uniform numbers in [0, 1) into 2m independent standard normal ones.
+
+    Two of each three make one uniform number of 106 bits in (0, 1]: with 53, the radii beyond 6.8 σ would lie further
+    apart than the lattice's points.
+    """
+    first, fine, turn = np.split(uniform, 3)
+    radius = np.sqrt(-2.0 * np.log((1.0 - first) - fine * 2.0**-53))
+    angle = 2.0 * np.pi * turn
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])
 
 
@@ -78,12 +87,12 @@ def clip_bound(max_grad_norm: float, size: int) -> float:
     """What a unit's contribution must be clipped to, so that rounding the sum keeps its sensitivity.
 
     Rounding two neighbouring sums of `size` numbers can move them apart by γ in each: the bound is smaller by γ√size
-    and by 10⁻⁹ for float64 sums.
+    and by 10⁻⁶ for the rounding of float64 sums, the worst case of 95 000 units.
 
     Raises:
         ValueError: when so many numbers leave no room (size ≥ 2³⁸).
     """
-    bound = max_grad_norm - spacing(max_grad_norm) * math.sqrt(size) - 1e-9 * max_grad_norm
+    bound = max_grad_norm - spacing(max_grad_norm) * math.sqrt(size) - 1e-6 * max_grad_norm
     if bound <= max_grad_norm / 2:
         raise ValueError(f"{size} numbers; expected below 2^38 for a lattice of 2^{LATTICE_BITS} points")
     return bound
@@ -105,7 +114,13 @@ def privatize(
 
     Returns:
         Lattice points, same shape; times `spacing(max_grad_norm)` they are the noised sum.
+
+    Raises:
+        ValueError: for a sum or noise too large for exact integers.
     """
-    clean = np.rint(clipped_sum / spacing(max_grad_norm)).astype(np.int64)
+    scaled = np.rint(clipped_sum / spacing(max_grad_norm))
+    if not np.abs(scaled).max(initial=0.0) < _LARGEST or noise_multiplier > MAX_NOISE_MULTIPLIER:
+        raise ValueError(f"a sum beyond 2^52 lattice points, or σ = {noise_multiplier:g}; noise would not fit")
+    clean = scaled.astype(np.int64)
     draws = noise.gaussian(clean.size).reshape(clean.shape)
     return clean + np.rint(draws * (noise_multiplier * 2.0**LATTICE_BITS)).astype(np.int64)

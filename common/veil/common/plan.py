@@ -95,14 +95,17 @@ class Training(Section):
 class Privacy(Section):
     """The promise asked of every site, for the whole run."""
 
-    unit: PrivacyUnit = Field(default=PrivacyUnit.RECORD, description="whom the promise protects: record or patient")
+    unit: PrivacyUnit = Field(
+        default=PrivacyUnit.RECORD,
+        description="whom the promise protects: record or patient; patient where simulation.patient is named",
+    )
     target_epsilon: float = Field(gt=0, le=1000, description="ε of the whole run, per site and unit")
     target_delta: float = Field(default=1e-5, gt=0, lt=1, description="δ of the whole run; below 1/units of a site")
     noise: Literal["local"] = Field(
         default="local", description="local: every site adds the full noise itself and trusts nobody"
     )
     max_grad_norm: float = Field(
-        default=0.5, gt=0, le=1e6, description="L2 bound of one unit's gradient (clipping bound)"
+        default=0.5, ge=1e-3, le=1e3, description="L2 bound of one unit's gradient (clipping bound)"
     )
     max_records_per_patient: int = Field(
         default=8, ge=1, le=10_000, description="patient unit: records of one patient that take part"
@@ -117,7 +120,7 @@ class Privacy(Section):
 class Cohort(Section):
     """Who takes part in a round."""
 
-    min_sites: int = Field(default=2, ge=1, le=100_000, description="a round with fewer replies is not used")
+    min_sites: int = Field(default=2, ge=1, le=100_000, description="a round with fewer usable replies ends the run")
     round_timeout_s: float = Field(default=600.0, gt=0, description="seconds a site has to reply")
     nominal_units: int | None = Field(
         default=None,
@@ -208,6 +211,17 @@ class RunPlan(Section):
     privacy: Privacy
     cohort: Cohort = Cohort()
     simulation: Simulation | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _patients_by_default(cls, document: Any) -> Any:
+        """Where a patient column is named and no unit is, the patient is the unit."""
+        if not isinstance(document, dict):
+            return document
+        privacy, simulation = document.get("privacy"), document.get("simulation")
+        if isinstance(privacy, dict) and isinstance(simulation, dict) and simulation.get("patient"):
+            return {**document, "privacy": {"unit": PrivacyUnit.PATIENT.value, **privacy}}
+        return document
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -12,10 +12,11 @@ from enum import StrEnum
 from functools import lru_cache
 
 from veil.common.errors import PlanError
+from veil.common.noise import spacing
 from veil.common.plan import RunPlan
 from veil.common.privacy import Mechanism, PrivacyBudget, calibrate, gaussian_sigma
 
-CENTRE_SHARE = 0.03
+CENTRE_SHARE = 0.12
 """Part of the run's μ² that the centring round may use."""
 
 COUNT_WEIGHT = 0.5
@@ -23,6 +24,10 @@ COUNT_WEIGHT = 0.5
 
 CENTRE_NORM = math.sqrt(1 + COUNT_WEIGHT**2)
 """L2 bound of one unit's [mean feature, COUNT_WEIGHT]."""
+
+
+DELTA_SPACING = 2.0**-24
+"""Grid of a dp-fedavg update, which is already private when it is rounded."""
 
 
 class ReleaseKind(StrEnum):
@@ -46,6 +51,11 @@ class Release:
     round: int
     kind: ReleaseKind
     mechanism: Mechanism
+
+    @property
+    def spacing(self) -> float:
+        """Distance of the release's lattice points."""
+        return DELTA_SPACING if self.kind is ReleaseKind.DELTA else spacing(self.mechanism.max_grad_norm)
 
 
 def schedule(plan: RunPlan) -> tuple[Release, ...]:

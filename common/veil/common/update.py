@@ -7,6 +7,7 @@ Promises that both have one exact byte form, so that a reply sent twice is the s
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -28,8 +29,15 @@ class Adapter:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Adapter:
-        """The inverse of `to_bytes`."""
-        return cls(tensors=load(data))
+        """The inverse of `to_bytes`.
+
+        Raises:
+            ValueError: when the bytes are not an adapter.
+        """
+        try:
+            return cls(tensors=load(data))
+        except SafetensorError as error:
+            raise ValueError(f"not an adapter: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,9 +68,12 @@ class Update:
             length = int.from_bytes(data[:8], "little")
             header = json.loads(data[8 : 8 + length])
             spacing = float.fromhex(json.loads(header["__metadata__"]["veil"])["spacing"])
-            return cls(points=load(data), spacing=spacing)
-        except (SafetensorError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+            points = load(data)
+        except (SafetensorError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"not an update: {type(error).__name__}") from None
+        if not (math.isfinite(spacing) and spacing > 0) or any(p.dtype != np.int64 for p in points.values()):
+            raise ValueError(f"not an update: spacing {spacing}, or numbers that are not int64")
+        return cls(points=points, spacing=spacing)
 
     @property
     def nbytes(self) -> int:

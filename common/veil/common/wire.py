@@ -135,5 +135,10 @@ def _numpy(array: Array) -> NDArray[Any]:
     """The array's numbers, never through pickle."""
     if array.stype != "numpy.ndarray":
         raise WireError(f"array of type {array.stype}; expected numpy.ndarray")
-    numbers: NDArray[Any] = np.load(io.BytesIO(array.data), allow_pickle=False)
+    try:
+        numbers: NDArray[Any] = np.load(io.BytesIO(array.data), allow_pickle=False)
+    except Exception as error:  # hostile bytes fail inside numpy in many ways, MemoryError among them
+        raise WireError(f"array that numpy cannot read ({type(error).__name__})") from None
+    if not isinstance(numbers, np.ndarray):
+        raise WireError("an archive in the place of an array")
     return numbers

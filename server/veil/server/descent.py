@@ -25,7 +25,7 @@ RATE_CAP = 32.0
 """Largest rate for clipping bounds up to 1; above, it falls in inverse proportion, down to `RATE_FLOOR`."""
 
 RATE_FLOOR = 16.0
-"""Cap where nothing is clipped: the curvature of cross-entropy on unit rows with this intercept allows 16 to 20."""
+"""Cap where nothing is clipped: plain descent on the cross-entropy of unit rows is stable there."""
 
 
 @dataclass(kw_only=True)
@@ -85,10 +85,11 @@ class Descent:
             self.weight = self.weight + sums[WEIGHT] / len(updates)
 
     def _set_centre(self, release: Release, sums: NDArray[np.float64], replies: int) -> None:
+        counted = max(float(replies), float(sums[-1]) / COUNT_WEIGHT)
         if self.plan.cohort.nominal_units is None:
-            self.units = max(float(self.sites), float(sums[-1]) / COUNT_WEIGHT)
-        mean = sums[:-1] / self.units
-        deviation = release.mechanism.noise_multiplier * CENTRE_NORM * math.sqrt(replies) / self.units
+            self.units = counted * self.sites / replies
+        mean = sums[:-1] / counted
+        deviation = release.mechanism.noise_multiplier * CENTRE_NORM * math.sqrt(replies) / counted
         self.centre = shrink(mean, deviation)
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 
 from veil.common.backbone import FrozenBackbone, load_backbone
 from veil.common.errors import InputError, PlanError
@@ -86,7 +85,7 @@ class TunedModel:
             facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
             plan = RunPlan.from_json(json.dumps(facts["plan"]))
             adapter = Adapter.from_bytes((folder / _HEAD).read_bytes())
-        except (OSError, ValueError, KeyError, SafetensorError, PlanError) as error:
+        except (OSError, ValueError, KeyError, PlanError) as error:
             raise InputError(
                 f"{folder} ({type(error).__name__})",
                 f"a model folder with {_FACTS} and {_HEAD}",

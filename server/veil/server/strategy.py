@@ -17,7 +17,6 @@ from flwr.serverapp.strategy import FedAvg
 
 from veil.common.errors import RefusalCode, RunError
 from veil.common.exchange import RoundReply, RoundRequest
-from veil.common.noise import spacing
 from veil.common.plan import RunPlan
 from veil.common.schedule import Release, ReleaseKind, schedule
 from veil.common.update import Update
@@ -168,7 +167,7 @@ def validate(reply: RoundReply, job: str, release: Release, descent: Descent) ->
     name, shape = descent.expected_shape(release)
     if set(reply.update.points) != {name} or reply.update.points[name].shape != shape:
         raise WireError(f"an update of other tensors than {name} {shape}")
-    if release.kind is not ReleaseKind.DELTA and reply.update.spacing != spacing(release.mechanism.max_grad_norm):
+    if reply.update.spacing != release.spacing:
         raise WireError("an update on another lattice")
     return reply.update
 

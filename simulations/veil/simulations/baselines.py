@@ -84,7 +84,9 @@ def run_baselines(pool: Pool, folder: Path, advance: Callable[[str], None]) -> B
     if "centralized_dp" in wanted:
         advance("all records in one place, with DP")
         everyone = Share(site="pooled", train=np.concatenate([share.train for share in pool.shares]), test=pool.test)
-        metrics["centralized_dp"] = pool.score(_alone(pool, folder / "centralized", everyone), pool.test)
+        metrics["centralized_dp"] = pool.score(
+            _alone(pool, folder / "centralized", everyone, size=len(pool.shares)), pool.test
+        )
     if "non_private" in wanted:
         advance("all records in one place, without privacy")
         train = np.concatenate([share.train for share in pool.shares])
@@ -98,8 +100,11 @@ def run_baselines(pool: Pool, folder: Path, advance: Callable[[str], None]) -> B
     return Baselines(metrics=metrics, local=local)
 
 
-def _alone(pool: Pool, folder: Path, share: Share) -> Adapter:
-    cohort = pool.plan.cohort.model_copy(update={"min_sites": 1})
+def _alone(pool: Pool, folder: Path, share: Share, *, size: int = 1) -> Adapter:
+    """One site in the place of `size` sites."""
+    nominal = pool.plan.cohort.nominal_units
+    changes = {"min_sites": 1, "nominal_units": None if nominal is None else nominal * size}
+    cohort = pool.plan.cohort.model_copy(update=changes)
     plan = pool.plan.model_copy(update={"cohort": cohort})
     workspace = pool.lay_down(folder, (share,))
     return federate(plan, workspace, sites=1, width=pool.features.shape[1]).adapter

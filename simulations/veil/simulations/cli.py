@@ -61,7 +61,7 @@ def simulate(
         "runs/demo"
     ),
     data: Annotated[
-        Path | None, typer.Option(help="Folder that simulation.path starts from; the plan's own by default.")
+        Path | None, typer.Option(help="Folder that the plan's relative paths start from; its own by default.")
     ] = None,
     engine: Annotated[
         EngineName, typer.Option(help="inprocess, or ray for Flower's Ray engine.")

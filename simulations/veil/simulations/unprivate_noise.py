@@ -36,7 +36,7 @@ class FixedNoise:
 
     def gaussian(self, count: int) -> NDArray[np.float64]:
         """Standard normal numbers, [count]."""
-        return box_muller(self.uniform(2 * ((count + 1) // 2)))[:count]
+        return box_muller(self.uniform(3 * ((count + 1) // 2)))[:count]
 
 
 class NoNoise(FixedNoise):

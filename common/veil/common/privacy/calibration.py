@@ -13,7 +13,13 @@ from collections.abc import Callable, Sequence
 import dp_accounting
 
 from veil.common.privacy.accounting import gaussian_mu_squared, spent
-from veil.common.privacy.mechanism import MIN_NOISE_MULTIPLIER, Mechanism, PrivacyBudget, PrivacyUnit
+from veil.common.privacy.mechanism import (
+    MAX_NOISE_MULTIPLIER,
+    MIN_NOISE_MULTIPLIER,
+    Mechanism,
+    PrivacyBudget,
+    PrivacyUnit,
+)
 
 PRECISION = 1e-3
 """Relative width of σ at which the search for subsampled mechanisms stops, on the private side."""
@@ -21,7 +27,7 @@ PRECISION = 1e-3
 MARGIN = 1 + 2e-5
 """Full batches: what the closed form is raised by, for the guard on a reported ε."""
 
-MAX_NOISE_MULTIPLIER = 1e6
+_TRIES = 24
 
 
 def gaussian_sigma(budget: PrivacyBudget) -> float:
@@ -72,16 +78,26 @@ def calibrate(
     if alongside and spent(alongside, budget.target_delta).epsilon >= budget.target_epsilon:
         raise ValueError(f"the mechanisms already decided spend ε = {budget.target_epsilon} or more")
     if sample_rate == 1.0 and all(other.sample_rate == 1.0 for other in alongside):
-        sigma = _full_batch(budget, steps, alongside)
-        while excess(math.log(sigma)) > 0:
-            sigma *= MARGIN
-        return mechanism(sigma)
+        return mechanism(_raised(excess, _full_batch(budget, steps, alongside)))
     return mechanism(math.exp(_least(excess, start=_first_guess(budget, steps, sample_rate))))
 
 
 def _full_batch(budget: PrivacyBudget, steps: int, alongside: Sequence[Mechanism]) -> float:
     left = gaussian_sigma(budget) ** -2 - gaussian_mu_squared(alongside)
-    return max(MIN_NOISE_MULTIPLIER, math.sqrt(steps / left) * MARGIN)
+    sigma = math.sqrt(steps / left) * MARGIN if left > 0 else math.inf
+    return max(MIN_NOISE_MULTIPLIER, sigma)
+
+
+def _raised(excess: Callable[[float], float], sigma: float) -> float:
+    """The closed form's σ, raised in growing steps until the accountants agree: once, almost always."""
+    margin = MARGIN - 1
+    for _ in range(_TRIES):
+        if sigma > MAX_NOISE_MULTIPLIER:
+            break
+        if excess(math.log(sigma)) <= 0:
+            return sigma
+        sigma, margin = sigma * (1 + margin), 2 * margin
+    raise ValueError(f"no noise up to σ = {MAX_NOISE_MULTIPLIER:g} keeps the budget")
 
 
 def _first_guess(budget: PrivacyBudget, steps: int, sample_rate: float) -> float:

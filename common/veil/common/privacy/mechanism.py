@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 MIN_NOISE_MULTIPLIER = 0.3
+MAX_NOISE_MULTIPLIER = 1e6
 MAX_STEPS = 1_000_000
 
 
@@ -41,7 +42,7 @@ class Mechanism:
         relation: what neighbouring data sets are.
 
     Raises:
-        ValueError: outside 0.3 ≤ σ, 0 < q ≤ 1, 1 ≤ steps ≤ 10⁶, 0 < C.
+        ValueError: outside 0.3 ≤ σ ≤ 10⁶, 0 < q ≤ 1, 1 ≤ steps ≤ 10⁶, 0 < C.
     """
 
     noise_multiplier: float
@@ -52,9 +53,9 @@ class Mechanism:
     relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE
 
     def __post_init__(self) -> None:
-        floor = MIN_NOISE_MULTIPLIER
-        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= floor):
-            raise ValueError(f"noise_multiplier = {self.noise_multiplier}; expected at least {floor} and finite")
+        low, high = MIN_NOISE_MULTIPLIER, MAX_NOISE_MULTIPLIER
+        if not low <= self.noise_multiplier <= high:
+            raise ValueError(f"noise_multiplier = {self.noise_multiplier:g}; expected {low} to {high:g}")
         if not (math.isfinite(self.max_grad_norm) and self.max_grad_norm > 0):
             raise ValueError(f"max_grad_norm = {self.max_grad_norm}; expected above 0 and finite")
         if not 0 < self.sample_rate <= 1:

@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of `veil.client.release` and its optimizer: each kind of release carries the noise that was paid for.
+
+Each statistical check passes on the real code (false alarms: below once in 10⁶ runs) and fails on a broken variant.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+
+from veil.client import release
+from veil.client.gradient import clipped_head_sum, clipped_mean_sum
+from veil.client.optimizer import LatticeOptimizer
+from veil.client.release import centre_update, delta_update, draw, gradient_update
+from veil.client.units import HeadBatch, Units
+from veil.common.exchange import RoundRequest
+from veil.common.head import CENTRE, WEIGHT
+from veil.common.noise import NoiseSource, OSNoise, clip_bound, spacing
+from veil.common.plan import RunPlan
+from veil.common.privacy import Mechanism
+from veil.common.schedule import COUNT_WEIGHT, ReleaseKind, schedule
+from veil.common.update import Update
+from veil.simulations.unprivate_noise import NoNoise
+
+Floats = NDArray[np.float64]
+Release = Callable[[NoiseSource], Update]
+FIVE = 5.1
+"""Standard errors allowed: beyond them once in 3·10⁶."""
+
+CLASSES, WIDTH = 5, 200
+
+
+class Halved(OSNoise):
+    """A broken source: half the noise that is paid for."""
+
+    def gaussian(self, count: int) -> Floats:
+        return 0.5 * super().gaussian(count)
+
+
+class Weaker(OSNoise):
+    """A near lie."""
+
+    def gaussian(self, count: int) -> Floats:
+        return 0.97 * super().gaussian(count)
+
+
+def silent() -> NoiseSource:
+    return NoNoise(0, "site", 0)
+
+
+def residuals(release_: Release, noise: NoiseSource, name: str, scale: float, times: int) -> Floats:
+    """What was added to the clean sum, over what should have been its standard deviation."""
+    clean = release_(silent()).points[name]
+    added: list[Floats] = []
+    for _ in range(times):
+        update = release_(noise)
+        added.append(np.asarray((update.points[name] - clean).ravel() * update.spacing / scale, np.float64))
+    return np.concatenate(added)
+
+
+def has_unit_noise(added: Floats) -> bool:
+    """Mean 0 and variance 1."""
+    centred = abs(added.mean()) < FIVE / math.sqrt(len(added))
+    return bool(centred and abs(np.mean(added**2) - 1) < FIVE * math.sqrt(2 / len(added)))
+
+
+def mechanism(sigma: float = 2.0, **change: Any) -> Mechanism:
+    return Mechanism(**{"noise_multiplier": sigma, "max_grad_norm": 0.5, **change})
+
+
+def weight_at(scale: float) -> Floats:
+    weight: Floats = scale * np.random.default_rng(4).normal(size=(CLASSES, WIDTH + 1))
+    return weight
+
+
+@pytest.fixture(params=[0, 7], ids=["empty", "seven units"])
+def records(request: pytest.FixtureRequest, make_units: Callable[..., Units]) -> Units:
+    return make_units(request.param, most=3, width=WIDTH)
+
+
+@pytest.mark.statistical
+def test_a_centre_carries_its_noise(records: Units) -> None:
+    """False alarm: 7e-7 a case. No noise, half of it and 97 % of it are noticed."""
+    paid = mechanism(3.0, max_grad_norm=1.2)
+
+    def centre(noise: NoiseSource) -> Update:
+        return centre_update(records, paid, noise)
+
+    for noise, right in ((OSNoise(), True), (Weaker(), False), (Halved(), False), (silent(), False)):
+        assert has_unit_noise(residuals(centre, noise, CENTRE, 3.0 * 1.2, times=400)) is right
+
+
+@pytest.mark.statistical
+def test_a_gradient_carries_its_noise(records: Units) -> None:
+    """False alarm: 7e-7 a case. No noise, half of it and 97 % of it are noticed."""
+    paid, batch, weight = mechanism(), HeadBatch.of(records, np.zeros(WIDTH)), weight_at(1.0)
+
+    def gradient(noise: NoiseSource) -> Update:
+        return gradient_update(weight, batch, paid, noise)
+
+    for noise, right in ((OSNoise(), True), (Weaker(), False), (Halved(), False), (silent(), False)):
+        assert has_unit_noise(residuals(gradient, noise, WEIGHT, 2.0 * 0.5, times=80)) is right
+
+
+def delta(batch: HeadBatch, paid: Mechanism, variant: Callable[..., Update] = delta_update) -> Release:
+    """dp-fedavg from a zero head, rate 1, nominal size 50."""
+
+    def local(noise: NoiseSource) -> Update:
+        return variant(np.zeros((CLASSES, WIDTH + 1)), batch, paid, noise, learning_rate=1.0, nominal_units=50.0)
+
+    return local
+
+
+def skipping_empty_batches(
+    weight: Floats, batch: HeadBatch, paid: Mechanism, noise: NoiseSource, **public: float
+) -> Update:
+    """A broken variant: a step whose sample is empty is left out, as a loop over a loader would."""
+    parameter = torch.nn.Parameter(torch.from_numpy(weight.copy()))
+    optimizer = LatticeOptimizer(
+        parameter,
+        mechanism=paid,
+        noise=noise,
+        learning_rate=public["learning_rate"],
+        divisor=paid.sample_rate * public["nominal_units"],
+    )
+    for _ in range(paid.steps):
+        sampled = noise.uniform(batch.count) < paid.sample_rate
+        if sampled.any():
+            release._step(optimizer, parameter, batch.take(sampled), paid)
+    change = parameter.detach().numpy() - weight
+    return Update(points={WEIGHT: np.rint(change * 2**24).astype(np.int64)}, spacing=2.0**-24)
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("count", [0, 3])
+def test_every_local_step_adds_its_noise_also_an_empty_one(count: int, make_units: Callable[..., Units]) -> None:
+    """Samples of 3 units at a rate of 1e-9 are empty: the change is 9 steps of noise. False alarm: 7e-7 a case."""
+    paid = mechanism(sample_rate=1e-9, steps=9)
+    batch = HeadBatch.of(make_units(count, width=WIDTH), np.zeros(WIDTH))
+    scale = math.sqrt(9) * 2.0 * 0.5 / (1e-9 * 50.0)
+    for noise, right in ((OSNoise(), True), (Weaker(), False), (Halved(), False)):
+        assert has_unit_noise(residuals(delta(batch, paid), noise, WEIGHT, scale, times=80)) is right
+    broken = delta(batch, paid, skipping_empty_batches)
+    assert not has_unit_noise(residuals(broken, OSNoise(), WEIGHT, scale, times=80))
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize("fraction", [8 / 9, 1.0])
+def test_one_step_too_few_is_noticed(fraction: float, make_units: Callable[..., Units]) -> None:
+    """Noise of 8 steps where 9 were paid for fails the check above. False alarm: 7e-7."""
+    paid = mechanism(sample_rate=1e-9, steps=round(9 * fraction))
+    batch = HeadBatch.of(make_units(0, width=WIDTH), np.zeros(WIDTH))
+    scale = math.sqrt(9) * 2.0 * 0.5 / (1e-9 * 50.0)
+    assert has_unit_noise(residuals(delta(batch, paid), OSNoise(), WEIGHT, scale, times=80)) is (fraction == 1.0)
+
+
+class Samples:
+    """Writes down which units each local step read."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.taken: list[NDArray[np.bool_]] = []
+        original = HeadBatch.take
+
+        def spying(batch: HeadBatch, chosen: NDArray[np.bool_]) -> HeadBatch:
+            self.taken.append(chosen.copy())
+            return original(batch, chosen)
+
+        monkeypatch.setattr(HeadBatch, "take", spying)
+
+    def fit(self, rate: float) -> bool:
+        """Inclusions are binomial in all, per unit and per step, and two steps share units as by chance."""
+        masks = np.array(self.taken)
+        steps, units = masks.shape
+
+        def plausible(count: int, of: int, chance: float) -> bool:
+            return bool(binomtest(int(count), int(of), chance).pvalue > 1e-9)
+
+        both = masks[1:] & masks[:-1]
+        return (
+            plausible(masks.sum(), masks.size, rate)
+            and all(plausible(count, steps, rate) for count in masks.sum(axis=0))
+            and all(plausible(count, units, rate) for count in masks.sum(axis=1))
+            and plausible(both.sum(), both.size, rate**2)
+        )
+
+
+class Eager(OSNoise):
+    """A broken sampler: units come a fifth too often."""
+
+    def uniform(self, count: int) -> Floats:
+        return super().uniform(count) / 1.2
+
+
+class Stuck(OSNoise):
+    """A broken sampler: the same units in every step."""
+
+    def __init__(self) -> None:
+        self._first: dict[int, Floats] = {}
+
+    def uniform(self, count: int) -> Floats:
+        return self._first.setdefault(count, super().uniform(count))
+
+
+@pytest.mark.statistical
+@pytest.mark.parametrize(("source", "right"), [(OSNoise, True), (Eager, False), (Stuck, False)])
+def test_inclusions_are_binomial_at_the_rate_that_was_paid_for(
+    source: Callable[[], NoiseSource],
+    right: bool,
+    make_units: Callable[..., Units],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """300 steps of 100 units at 0.1. False alarm: 402 tests at 1e-9, below 5e-7."""
+    samples = Samples(monkeypatch)
+    paid = mechanism(sample_rate=0.1, steps=300)
+    batch = HeadBatch.of(make_units(100, width=3), np.zeros(3))
+    delta_update(np.zeros((3, 4)), batch, paid, source(), learning_rate=0.1, nominal_units=100.0)
+    assert np.array(samples.taken).shape == (300, 100)
+    assert samples.fit(0.1) is right
+
+
+def test_another_sample_rate_than_paid_for_is_noticed(
+    make_units: Callable[..., Units], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A site that reads everyone, or twice as many, while the ledger says 0.1."""
+    batch = HeadBatch.of(make_units(100, width=3), np.zeros(3))
+    for rate in (0.2, 1.0):
+        samples = Samples(monkeypatch)
+        paid = mechanism(sample_rate=rate, steps=30)
+        delta_update(np.zeros((3, 4)), batch, paid, OSNoise(), learning_rate=0.1, nominal_units=100.0)
+        assert samples.fit(rate)
+        assert not samples.fit(0.1)
+
+
+def test_the_sums_behind_the_noise_are_the_clipped_ones(records: Units) -> None:
+    """With silent noise: exactly the clipped sum, rounded to the lattice."""
+    paid, batch, weight = mechanism(), HeadBatch.of(records, np.full(WIDTH, 0.05)), weight_at(1.0)
+    update = gradient_update(weight, batch, paid, silent())
+    expected = clipped_head_sum(weight, batch, clip_bound(0.5, weight.size)) / spacing(0.5)
+    assert np.array_equal(update.points[WEIGHT], np.rint(expected))
+    for norm in (0.4, 1.2):
+        centre = centre_update(records, mechanism(max_grad_norm=norm), silent())
+        expected = clipped_mean_sum(records.mean_rows(), COUNT_WEIGHT, clip_bound(norm, WIDTH + 1)) / spacing(norm)
+        assert np.array_equal(centre.points[CENTRE], np.rint(expected))
+
+
+def test_local_training_is_gradient_descent_when_nothing_is_hidden(make_units: Callable[..., Units]) -> None:
+    """Rate 1, silent noise: `steps` plain descents on the clipped sums over a public divisor."""
+    batch = HeadBatch.of(make_units(20, most=2, width=WIDTH), np.zeros(WIDTH))
+    paid = mechanism(sample_rate=1.0, steps=5)
+    update = delta(batch, paid)(silent())
+    weight = np.zeros((CLASSES, WIDTH + 1))
+    for _ in range(5):
+        total = clipped_head_sum(weight, batch, clip_bound(0.5, weight.size))
+        weight -= np.rint(total / spacing(0.5)) * spacing(0.5) / 50.0
+    np.testing.assert_allclose(update.points[WEIGHT] * update.spacing, weight, atol=2**-24)
+
+
+def neighbours_distance(release_: Callable[[HeadBatch], Update], units: Units) -> float:
+    """The furthest that leaving one unit out moves the released numbers, over C."""
+
+    def numbers(chosen: NDArray[np.bool_]) -> Floats:
+        update = release_(HeadBatch.of(units, np.zeros(WIDTH)).take(chosen))
+        return np.asarray(update.points[WEIGHT] * update.spacing, np.float64)
+
+    everyone = np.ones(units.count, np.bool_)
+    distances = []
+    for gone in range(units.count):
+        mask = everyone.copy()
+        mask[gone] = False
+        distances.append(float(np.linalg.norm(numbers(everyone) - numbers(mask))))
+    return max(distances) / 0.5
+
+
+def test_no_unit_moves_a_release_by_more_than_c(
+    make_units: Callable[..., Units], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without noise, on the lattice; a gradient without clipping per unit fails the same check."""
+    units, weight = make_units(6, most=3, width=WIDTH), weight_at(2.0)
+
+    def gradient(batch: HeadBatch) -> Update:
+        return gradient_update(weight, batch, mechanism(), silent())
+
+    assert 0.9 < neighbours_distance(gradient, units) <= 1.0
+    monkeypatch.setattr(release, "clip_bound", lambda norm, size: 100 * norm)
+    assert neighbours_distance(gradient, units) > 1.1
+
+
+def test_clipping_a_whole_batch_is_noticed(make_units: Callable[..., Units], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mistake of clipping the sum: leaving one of two units out then turns the whole vector."""
+    units, weight = make_units(2, width=WIDTH, seed=3), weight_at(2.0)
+
+    def per_batch(at: Floats, batch: HeadBatch, bound: float) -> Floats:
+        total = clipped_head_sum(at, batch, 1e6)
+        return total * min(1.0, bound / max(float(np.linalg.norm(total)), 1e-300))
+
+    def gradient(batch: HeadBatch) -> Update:
+        return gradient_update(weight, batch, mechanism(), silent())
+
+    assert neighbours_distance(gradient, units) <= 1.0
+    features, labels = np.zeros((2, WIDTH)), np.array([0, 1])
+    features[0, 0], features[1, 1] = 1.0, 1.0
+    sure = np.zeros((CLASSES, WIDTH + 1))
+    sure[0, 0], sure[0, 1] = 2.0, 20.0
+    opposed = Units(features=features, labels=labels, unit=np.arange(2), count=2)
+    weight = sure
+    assert neighbours_distance(gradient, opposed) <= 1.0
+    monkeypatch.setattr(release, "clipped_head_sum", per_batch)
+    assert neighbours_distance(gradient, opposed) > 1.1
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.3, 1e-9])
+@pytest.mark.parametrize("steps", [1, 7])
+def test_opacus_counts_the_steps_that_were_paid_for(rate: float, steps: int, make_units: Callable[..., Units]) -> None:
+    paid = mechanism(sample_rate=rate, steps=steps)
+    parameter = torch.nn.Parameter(torch.zeros(3, 4, dtype=torch.float64))
+    optimizer = LatticeOptimizer(parameter, mechanism=paid, noise=OSNoise())
+    batch = HeadBatch.of(make_units(5, width=3), np.zeros(3))
+    for done in range(1, steps + 1):
+        release._step(optimizer, parameter, batch.take(np.zeros(5, np.bool_)), paid)
+        assert optimizer.steps_counted == done
+    assert optimizer._accountant.history == [(2.0, rate, steps)]
+    release._check_steps(optimizer, paid)
+
+
+def test_a_release_with_another_number_of_steps_does_not_leave(
+    make_units: Callable[..., Units], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, weight = HeadBatch.of(make_units(5, width=3), np.zeros(3)), np.zeros((3, 4))
+    with pytest.raises(RuntimeError, match="1 steps done; 2 were paid for"):
+        gradient_update(weight, batch, mechanism(steps=2), OSNoise())
+    monkeypatch.setattr(release, "_step", lambda *_: None)
+    with pytest.raises(RuntimeError, match="0 steps done; 7 were paid for"):
+        delta_update(weight, batch, mechanism(steps=7), OSNoise(), learning_rate=1.0, nominal_units=5.0)
+
+
+@pytest.mark.parametrize("count", [0, 1, 30])
+@pytest.mark.parametrize("training", [{}, {"algorithm": "dp-fedavg", "sample_rate": 0.2}])
+def test_every_round_sends_lattice_points_of_a_public_shape_only(
+    training: dict[str, Any],
+    count: int,
+    make_plan: Callable[..., RunPlan],
+    make_request: Callable[..., RoundRequest],
+    make_units: Callable[..., Units],
+) -> None:
+    plan, units = make_plan(training), make_units(count, most=2)
+    for planned in schedule(plan):
+        update = draw(make_request(plan, planned.round), planned, units, OSNoise())
+        name, shape = (CENTRE, (7,)) if planned.kind is ReleaseKind.CENTRE else (WEIGHT, (3, 7))
+        assert {key: (value.dtype, value.shape) for key, value in update.points.items()} == {
+            name: (np.dtype(np.int64), shape)
+        }
+        assert update.spacing in (spacing(planned.mechanism.max_grad_norm), 2.0**-24)
+        assert len(np.unique(update.points[name])) > 1
+
+
+def test_the_centre_of_the_request_is_used(
+    make_plan: Callable[..., RunPlan], make_request: Callable[..., RoundRequest], make_units: Callable[..., Units]
+) -> None:
+    plan, units = make_plan(), make_units(10)
+    request = make_request(plan, 1)
+    moved = dict(request.adapter.tensors)
+    moved[CENTRE] = np.full(6, 0.3, np.float32)
+    elsewhere = make_request(plan, 1, adapter=type(request.adapter)(tensors=moved))
+    first, second = (draw(one, schedule(plan)[1], units, silent()).points[WEIGHT] for one in (request, elsewhere))
+    assert not np.array_equal(first, second)
