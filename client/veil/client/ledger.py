@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ class Ledger:
 
     def __init__(self, path: Path, site: str) -> None:
         self._site = site
+        self._lock = threading.RLock()
         self._db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
@@ -83,13 +85,15 @@ class Ledger:
 
     def copy_to(self, path: Path) -> None:
         """Write all lines, of every site of the file, to a new file without side files."""
-        self._db.execute("VACUUM INTO ?", (str(path),))
+        with self._lock:
+            self._db.execute("VACUUM INTO ?", (str(path),))
 
     def entries(self) -> tuple[Entry, ...]:
         """All lines of this site, oldest first."""
-        rows = self._db.execute(
-            "SELECT job, round, mechanism, noise, plan FROM spend WHERE site = ? ORDER BY seq", (self._site,)
-        )
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT job, round, mechanism, noise, plan FROM spend WHERE site = ? ORDER BY seq", (self._site,)
+            ).fetchall()
         return tuple(
             Entry(job=job, round=round_, mechanism=Mechanism.from_record(json.loads(text)), noise=noise, plan=plan)
             for job, round_, text, noise, plan in rows
@@ -160,13 +164,15 @@ class Ledger:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+        """One transaction at a time: threads would share the connection's, and its error codes."""
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
 
 
 def total(entries: Sequence[Entry], delta: float, job: str | None = None) -> PrivacySpent:

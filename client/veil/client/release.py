@@ -35,7 +35,7 @@ def draw(request: RoundRequest, release: Release, units: Units, noise: NoiseSour
     """
     if release.kind is ReleaseKind.CENTRE:
         return centre_update(units, release.mechanism, noise)
-    batch = HeadBatch.of(units, request.adapter.tensors[CENTRE])
+    batch = units.batch(request.adapter.tensors[CENTRE])
     weight = request.adapter.tensors[WEIGHT].astype(np.float64)
     if release.kind is ReleaseKind.GRADIENT:
         return gradient_update(weight, batch, release.mechanism, noise)

@@ -51,7 +51,7 @@ def review_request(request: RoundRequest, limits: Limits) -> None:
             "the coordinator must send a public size",
         )
     shapes = {name: tensor.shape for name, tensor in request.adapter.tensors.items()}
-    width = shapes.get(CENTRE, (0,))[0]
+    width = (shapes.get(CENTRE) or (0,))[0]
     wanted = {CENTRE: (width,), WEIGHT: (len(request.plan.task.labels), width + 1)}
     if shapes != wanted:
         raise RefusalError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,15 @@ class Units:
     labels: NDArray[np.int64]
     unit: NDArray[np.int64]
     count: int
+    _batch: dict[bytes, HeadBatch] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def batch(self, centre: NDArray[np.floating]) -> HeadBatch:
+        """The head's view of these records around a centre [d]; kept until another centre comes."""
+        key = centre.tobytes()
+        if key not in self._batch:
+            self._batch.clear()
+            self._batch[key] = HeadBatch.of(self, centre)
+        return self._batch[key]
 
     @property
     def sizes(self) -> NDArray[np.int64]:
