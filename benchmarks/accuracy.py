@@ -144,6 +144,12 @@ def table(figures: list[Figure]) -> str:
     return "\n".join(lines)
 
 
+def demo_mean(figures: list[Figure]) -> str:
+    """The demo's mean over its splits."""
+    values = [f.federated for f in figures if f.variant == "demo"]
+    return f"The demo, mean over its {len(values)} splits at ε = 3: {statistics.fmean(values):.2f} %."
+
+
 def _order(figure: Figure) -> tuple[str, str, float, int]:
     return figure.plan, figure.variant, figure.epsilon or 0.0, figure.seed
 
@@ -170,7 +176,9 @@ def save(figures: list[Figure]) -> None:
     figures = sorted([*(f for f in older if f.plan not in measured), *figures], key=_order)
     store.write_text(json.dumps([asdict(f) for f in figures], indent=1) + "\n", encoding="utf-8")
     template = (HERE / "RESULTS.template.md").read_text(encoding="utf-8")
-    (HERE / "RESULTS.md").write_text(template.replace("{{accuracy}}", table(figures)), encoding="utf-8")
+    (HERE / "RESULTS.md").write_text(
+        template.replace("{{accuracy}}", table(figures)).replace("{{means}}", demo_mean(figures)), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -48,9 +48,9 @@ RECIPES = (
 )
 
 
-def runs(plan: RunPlan, datasets: Path, seeds: int) -> Iterator[Figure]:
-    """Every recipe at every ε and seed."""
-    for recipe in RECIPES:
+def runs(plan: RunPlan, datasets: Path, seeds: int, rows: list[int]) -> Iterator[Figure]:
+    """The chosen recipes at every ε and seed."""
+    for recipe in (RECIPES[row] for row in rows):
         recipe.install()
         name = f"share {recipe.share:g}, intercept {recipe.intercept:g}, κ {recipe.kappa:g}, cap {recipe.cap:g}"
         for epsilon in EPSILONS:
@@ -65,9 +65,10 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, help="a plan; the demo without one")
     parser.add_argument("--datasets", type=Path, default=Path.cwd())
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--rows", type=int, nargs="*", default=list(range(len(RECIPES))), help="recipes, from 0")
     chosen = parser.parse_args()
     plan = parse_plan(chosen.plan) if chosen.plan else demo_plan()
-    figures = list(runs(plan, chosen.datasets, chosen.seeds))
+    figures = list(runs(plan, chosen.datasets, chosen.seeds, chosen.rows))
     print("| plan | recipe | ε = 1 | ε = 3 | ε = 8 |\n|---|---|---|---|---|")
     for variant in dict.fromkeys(f.variant for f in figures):
         cells = [spread([f.federated for f in figures if (f.variant, f.epsilon) == (variant, e)]) for e in EPSILONS]
