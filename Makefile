@@ -41,7 +41,7 @@ check: install-dev ## formatting, lint, types, arrows
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: install-dev ## the accuracy study of benchmarks/RESULTS.md (hours; needs DATASETS=folder)
+bench: install-dev ## the accuracy study of benchmarks/RESULTS.md (half an hour; DATASETS=folder for more than the demo)
 	$(BIN)/python benchmarks/accuracy.py $(if $(DATASETS),--datasets $(DATASETS))
 
 clean: ## remove .venv and runs

@@ -127,7 +127,7 @@ def predict(
 def backbone(
     source: Annotated[str, typer.Argument(help="package:NAME[/FOLDER], path:FOLDER or hub:ORG/NAME@REVISION")],
 ) -> None:
-    """Print the [backbone] section that pins some weights, for a plan."""
+    """Print the lines of a plan that pin some weights."""
     from veil.common.weights import fingerprint
 
     pinned = fingerprint(source, base=Path.cwd())

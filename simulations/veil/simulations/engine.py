@@ -35,7 +35,11 @@ def check_engine(engine: Engine) -> None:
         InputError: with the command that installs it.
     """
     if engine is Engine.RAY and importlib.util.find_spec("ray") is None:
-        raise InputError("--engine ray", "Ray to be installed", 'pip install "veil[ray]", or use --engine inprocess')
+        raise InputError(
+            "--engine ray",
+            "Ray to be installed",
+            "make install-dev (or pip install the extra veil[ray]), or use --engine inprocess",
+        )
 
 
 def run_apps(engine: Engine, server_app: ServerApp, client_app: ClientApp, sites: int) -> None:
