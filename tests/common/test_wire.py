@@ -1,23 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests and replies survive the wire exactly; anything else is a WireError and never a guess."""
+"""What coordinator and site say to each other survives the wire exactly; anything else is a WireError, not a guess."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
+from veil.common.delivery import CHUNK_BYTES, Chunk, FileEntry, Manifest, Position, Progress, Standing
 from veil.common.errors import RefusalCode
-from veil.common.exchange import RoundReply, RoundRequest
+from veil.common.exchange import Offer, OfferReply, RoundReply, RoundRequest, Willingness
 from veil.common.plan import RunPlan
 from veil.common.schedule import ReleaseKind
 from veil.common.update import Adapter, Update
 from veil.common.wire import (
     WireError,
+    decode_chunk,
+    decode_manifest,
+    decode_offer,
+    decode_offer_reply,
+    decode_progress,
     decode_reply,
     decode_request,
+    encode_chunk,
+    encode_manifest,
+    encode_offer,
+    encode_offer_reply,
+    encode_progress,
     encode_reply,
     encode_request,
     payload_bytes,
@@ -136,3 +149,189 @@ def test_an_empty_message() -> None:
 
 def test_the_payload_is_counted() -> None:
     assert payload_bytes(encode_reply(reply())) >= 4 * 8
+
+
+DIGEST, OTHER = "a" * 64, "b" * 64
+OFFER = Offer(plan=PLAN, job="job-1")
+MANIFEST = Manifest(
+    entries=(
+        FileEntry(name="config.json", size=0, sha256=OTHER),
+        FileEntry(name="model.safetensors", size=1 << 33, sha256=DIGEST),
+    )
+)
+PLACE = Position(name="model.safetensors", offset=(1 << 33) - 5)
+PIECE = Chunk(manifest=DIGEST, position=PLACE, data=bytes(range(256)))
+PROGRESSES = [
+    Progress(manifest=DIGEST, standing=Standing.MANIFEST_WANTED),
+    Progress(manifest=DIGEST, standing=Standing.RECEIVING, next=PLACE),
+    Progress(manifest=DIGEST, standing=Standing.COMPLETE),
+    *(Progress(manifest=DIGEST, standing=Standing.REFUSED, refusal=code) for code in RefusalCode),
+    Progress(manifest="", standing=Standing.REFUSED, refusal=RefusalCode.MALFORMED),
+]
+
+
+def travelled(content: RecordDict) -> RecordDict:
+    """The content as it comes out of the bytes of a message."""
+    sent = recorddict_to_proto(content).SerializeToString()
+    return recorddict_from_proto(type(recorddict_to_proto(content)).FromString(sent))
+
+
+def changed(content: RecordDict, **change: Any) -> RecordDict:
+    """The content with other values, or without those that are None."""
+    config = dict(content.config_records["config"])
+    kept = {key: value for key, value in {**config, **change}.items() if value is not None}
+    return RecordDict({"config": ConfigRecord(kept)})
+
+
+def test_an_offer_and_its_answers_arrive_as_they_left() -> None:
+    got = decode_offer(travelled(encode_offer(OFFER)))
+    assert got == Offer(plan=PLAN.public(), job="job-1")
+    for willingness in Willingness:
+        code = RefusalCode.BUDGET if willingness is Willingness.REFUSED else None
+        answer = OfferReply(job="job-1", willingness=willingness, refusal=code)
+        assert decode_offer_reply(travelled(encode_offer_reply(answer))) == answer
+
+
+@pytest.mark.parametrize("job", ["", " x", "../x", "a\nb", "a/b", "n" * 121, "é"])
+def test_a_run_s_name_that_could_do_harm_is_refused(job: str) -> None:
+    content = encode_offer(OFFER)
+    with pytest.raises(WireError, match="name of a run"):
+        decode_offer(changed(content, job=job))
+    with pytest.raises(WireError, match="name of a run"):
+        decode_manifest(changed(encode_manifest(MANIFEST, OFFER), job=job))
+
+
+def test_a_witness_and_a_head_arrive_and_are_hashes() -> None:
+    assert decode_request(travelled(encode_request(request(witness=DIGEST)))).witness == DIGEST
+    assert decode_request(encode_request(request())).witness == ""
+    answer = RoundReply(site="s", job="j", round=1, refusal=RefusalCode.BUDGET, head=OTHER)
+    assert decode_reply(travelled(encode_reply(answer))).head == OTHER
+    for wrong in ("x", DIGEST.upper(), 5):
+        content = encode_request(request())
+        content.config_records["config"]["witness"] = wrong
+        with pytest.raises(WireError, match="hash of a ledger line"):
+            decode_request(content)
+
+
+def test_a_number_of_units_leaves_only_when_it_is_given() -> None:
+    told = RoundReply(site="s", job="job-1", round=3, update=reply().update, units=40)
+    assert decode_reply(travelled(encode_reply(told))).units == 40
+    assert decode_reply(travelled(encode_reply(reply()))).units is None
+
+
+def test_a_manifest_arrives_as_it_left_with_its_offer() -> None:
+    offer, manifest = decode_manifest(travelled(encode_manifest(MANIFEST, OFFER)))
+    assert (offer, manifest) == (Offer(plan=PLAN.public(), job="job-1"), MANIFEST)
+    assert manifest.digest == MANIFEST.digest
+
+
+def test_a_chunk_arrives_as_it_left_at_its_largest_too() -> None:
+    assert decode_chunk(travelled(encode_chunk(PIECE))) == PIECE
+    largest = Chunk(manifest=DIGEST, position=PLACE, data=bytes(CHUNK_BYTES))
+    assert decode_chunk(travelled(encode_chunk(largest))) == largest
+    assert payload_bytes(encode_chunk(largest)) - CHUNK_BYTES < 1000
+
+
+@pytest.mark.parametrize("progress", PROGRESSES, ids=lambda one: f"{one.standing}-{one.refusal}")
+def test_an_answer_to_a_delivery_arrives_as_it_left(progress: Progress) -> None:
+    assert decode_progress(travelled(encode_progress(progress))) == progress
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"names": None},
+        {"sizes": None},
+        {"sha256": None},
+        {"plan": None},
+        {"job": None},
+        {"names": "model.safetensors"},
+        {"names": b"config.json"},
+        {"names": ["config.json"]},
+        {"names": ["model.safetensors"]},
+        {"names": []},
+        {"names": [], "sizes": [], "sha256": []},
+        {"names": ["model.safetensors", "config.json"]},
+        {"names": ["model.safetensors", "model.safetensors"]},
+        {"names": ["../config.json", "model.safetensors"]},
+        {"names": ["modeling.py", "model.safetensors"]},
+        {"names": ["model.safetensors", "pytorch_model.bin"]},
+        {"names": [b"config.json", b"model.safetensors"]},
+        {"names": [1, 2]},
+        {"sizes": [1]},
+        {"sizes": [1, -1]},
+        {"sizes": [1, 1 << 62]},
+        {"sizes": [1.0, 2.0]},
+        {"sizes": ["1", "2"]},
+        {"sizes": [True, True]},
+        {"sha256": ["", ""]},
+        {"sha256": [DIGEST, DIGEST[:-1] + "\n"]},
+        {"plan": "{}"},
+    ],
+)
+def test_a_manifest_that_is_none(change: dict[str, Any]) -> None:
+    content = changed(encode_manifest(MANIFEST, OFFER), **change)
+    with pytest.raises(WireError):
+        decode_manifest(travelled(content))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"manifest": None},
+        {"name": None},
+        {"offset": None},
+        {"data": None},
+        {"manifest": ""},
+        {"manifest": 5},
+        {"name": "../model.safetensors"},
+        {"name": b"model.safetensors"},
+        {"offset": -1},
+        {"offset": 1 << 62},
+        {"offset": 0.0},
+        {"offset": True},
+        {"offset": "0"},
+        {"data": "text"},
+        {"data": [1, 2]},
+        {"data": b""},
+        {"data": bytes(CHUNK_BYTES + 1)},
+    ],
+    ids=lambda change: "-".join(f"{key}={str(value)[:20]}" for key, value in change.items()),
+)
+def test_a_chunk_that_is_none(change: dict[str, Any]) -> None:
+    with pytest.raises(WireError):
+        decode_chunk(travelled(changed(encode_chunk(PIECE), **change)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"manifest": None},
+        {"manifest": ""},
+        {"standing": None},
+        {"standing": "done"},
+        {"standing": "complete"},
+        {"standing": "complete", "name": None},
+        {"standing": "complete", "offset": None},
+        {"name": None},
+        {"offset": None},
+        {"name": None, "offset": None},
+        {"name": "merges.py"},
+        {"offset": -1},
+        {"offset": True},
+        {"refusal": "budget"},
+        {"refusal": "because"},
+        {"standing": "refused", "name": None, "offset": None},
+        {"standing": "refused", "name": None, "offset": None, "refusal": "my record 7 is odd"},
+    ],
+)
+def test_an_answer_to_a_delivery_that_is_none(change: dict[str, Any]) -> None:
+    with pytest.raises(WireError):
+        decode_progress(travelled(changed(encode_progress(PROGRESSES[1]), **change)))
+
+
+@pytest.mark.parametrize("decode", [decode_offer, decode_offer_reply, decode_manifest, decode_chunk, decode_progress])
+def test_an_empty_question_or_answer(decode: Callable[[RecordDict], object]) -> None:
+    for content in (RecordDict(), RecordDict({"config": ConfigRecord({"job": "j"})})):
+        with pytest.raises(WireError):
+            decode(content)

@@ -63,6 +63,11 @@ class RefusalCode(StrEnum):
     PLAN_CHANGED = "plan-changed"
     REPLAY = "replay"
     MALFORMED = "malformed"
+    LEDGER = "ledger"
+    APPROVAL = "approval"
+    BACKBONE = "backbone"
+    DATA = "data"
+    BUNDLE = "bundle"
     INTERNAL = "internal"
 
 

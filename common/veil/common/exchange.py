@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One round's question and answer as values, free of any transport.
+"""What coordinator and site say to each other, as values, free of any transport.
 
-Promises that an answer holds noised lattice points or a short refusal code, and nothing else about the records.
+Promises that a reply holds noised lattice points or a short refusal code, that an answer to an offer holds one word,
+and that neither tells anything else about the records.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from veil.common.errors import RefusalCode
 from veil.common.plan import RunPlan
@@ -25,6 +27,8 @@ class RoundRequest:
         kind: what is to be released.
         adapter: the trainable tensors as they stand.
         nominal_units: public number of units per site, for the divisor of local steps (dp-fedavg).
+        witness: hash of the site's last ledger line that this coordinator saw, "" when it saw none; a ledger that does
+            not hold it is an old copy.
     """
 
     plan: RunPlan
@@ -33,6 +37,7 @@ class RoundRequest:
     kind: ReleaseKind
     adapter: Adapter
     nominal_units: float
+    witness: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +50,8 @@ class RoundReply:
         round: the request's round.
         update: the noised release.
         refusal: why there is none.
+        head: hash of the site's last ledger line, for the next request's witness; an opaque number to anyone else.
+        units: number of units, only from a site whose policy declares it public (`limits.release_counts`).
     """
 
     site: str
@@ -52,7 +59,50 @@ class RoundReply:
     round: int
     update: Update | None = None
     refusal: RefusalCode | None = None
+    head: str = ""
+    units: int | None = None
 
     def __post_init__(self) -> None:
         if (self.update is None) == (self.refusal is None):
             raise ValueError("a reply holds an update or a refusal; expected exactly one of them")
+
+
+class Willingness(StrEnum):
+    """A site's answer to an offer."""
+
+    READY = "ready"
+    PENDING = "pending"
+    LACKS_BACKBONE = "lacks-backbone"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Offer:
+    """A run put before a site, before any round of it.
+
+    Attributes:
+        plan: the whole public plan.
+        job: identity of the run.
+    """
+
+    plan: RunPlan
+    job: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OfferReply:
+    """What a site says to an offer; it depends on its policy, ledger and operator, never on its records.
+
+    Attributes:
+        job: the offer's job.
+        willingness: ready, waiting for its operator, in need of the backbone, or refused.
+        refusal: why, when refused.
+    """
+
+    job: str
+    willingness: Willingness
+    refusal: RefusalCode | None = None
+
+    def __post_init__(self) -> None:
+        if (self.willingness is Willingness.REFUSED) != (self.refusal is not None):
+            raise ValueError("a refusal code with and only with a refusal; expected both or neither")

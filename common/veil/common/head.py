@@ -24,6 +24,15 @@ def initial_adapter(plan: RunPlan, width: int) -> Adapter:
     return Adapter(tensors={WEIGHT: np.zeros(shape, np.float32), CENTRE: np.zeros(width, np.float32)})
 
 
+def scaled(numbers: NDArray[np.float64], bounds: tuple[float, float] | None) -> NDArray[np.float64]:
+    """A numeric column [n], clamped to its public bounds and mapped to [-1, 1]; as it is where it has none."""
+    if bounds is None:
+        return numbers
+    low, high = bounds
+    clamped: NDArray[np.float64] = np.clip(numbers, low, high)
+    return (clamped - low) / (high - low) * 2 - 1
+
+
 def unit_rows(features: NDArray[np.floating]) -> NDArray[np.float64]:
     """Rows scaled to length 1; a zero row stays zero, a row that is not finite becomes zero. [n, d]"""
     rows = np.array(features, dtype=np.float64)

@@ -36,6 +36,11 @@ class Backbone(Section):
         description="where the weights are: package:NAME[/FOLDER], path:FOLDER or hub:ORG/NAME@REVISION",
     )
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the weights file; any other file is refused")
+    files_sha256: str | None = Field(
+        default=None,
+        pattern=r"^[0-9a-f]{64}$",
+        description="SHA-256 over names and digests of the configuration and tokenizer files; other files are refused",
+    )
     licence: str = Field(default="", description="SPDX name of the weights' licence, carried into the report")
 
 
@@ -50,6 +55,9 @@ class Task(Section):
     )
     max_length: int = Field(default=128, ge=4, le=8192, description="text: tokens kept of each record")
     image_size: int = Field(default=224, ge=32, le=1024, description="image: side of the square in pixels")
+    width: int | None = Field(
+        default=None, ge=1, le=1_000_000, description="features, deployed: how many numeric columns every site has"
+    )
     bounds: dict[str, tuple[float, float]] = Field(
         default_factory=dict,
         description="features: public [low, high] of a column, clamped and mapped to [-1, 1]",
@@ -127,6 +135,31 @@ class Cohort(Section):
         ge=1,
         description="public number of units per site; without it, estimated from the centring round's noisy count",
     )
+    max_units: int = Field(
+        default=1_000_000,
+        ge=1,
+        le=1_000_000_000,
+        description="largest public number of units a site may have; a longer update is refused as malformed",
+    )
+    approval_timeout_s: float = Field(
+        default=3600.0, gt=0, description="deployed: seconds that the sites' operators have to approve the run"
+    )
+    aggregation: Literal["sum", "median", "trimmed-mean", "krum"] = Field(
+        default="sum", description="sum, or a rule that withstands lying sites: median, trimmed-mean, krum"
+    )
+    malicious_sites: int = Field(
+        default=0, ge=0, description="trimmed-mean, krum: lying sites that the rule is to withstand"
+    )
+
+    @model_validator(mode="after")
+    def _robust(self) -> Self:
+        needed = {"trimmed-mean": 2 * self.malicious_sites + 1, "krum": 2 * self.malicious_sites + 3}
+        if self.min_sites < needed.get(self.aggregation, 1):
+            raise ValueError(
+                f'min_sites = {self.min_sites} with aggregation = "{self.aggregation}" and malicious_sites = '
+                f"{self.malicious_sites}; the rule needs at least {needed[self.aggregation]} sites"
+            )
+        return self
 
 
 class Columns(Section):

@@ -29,6 +29,9 @@ CENTRE_NORM = math.sqrt(1 + COUNT_WEIGHT**2)
 DELTA_SPACING = 2.0**-24
 """Grid of a dp-fedavg update, which is already private when it is rounded."""
 
+DEFAULT_LOCAL_RATE = 4.0
+"""dp-fedavg's rate where the plan names none (facts: 20 rounds, one epoch, centred features)."""
+
 
 class ReleaseKind(StrEnum):
     """What a round asks of a site."""

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where pretrained weights are found, and the check that they are the pinned ones.
 
-No byte of a weights file is parsed before its SHA-256 is the pinned one, and no code that lies beside it is
-ever imported; whatever is missing, damaged or ambiguous is a `WeightsError`.
+No byte of a weights file is parsed before its SHA-256 is the pinned one, the configuration and tokenizer beside it
+are the pinned ones where a plan pins them, and no code that lies there is ever imported; whatever is missing, damaged
+or ambiguous is a `WeightsError`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +40,19 @@ COMPANIONS: Final = (
 )
 """Every file that is read beside the weights: configuration and tokenizer, never code or pickles."""
 
+LITE0_SAFETENSORS: Final = {
+    "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db": (
+        "6614b82a7a49d9205c1d35fafadd1d02a4d19f49dedbc3d96de643a6b04e070a"
+    )
+}
+"""SHA-256 of a pickled Lite0 state dict → of the safetensors file that lite0.py makes of it."""
+
+LITE0_FILES: Final = {
+    "config.json": "d512cd0cf3d429f864fd039f148ebfcafd9423cd44f8b35ec20e39b67fa08cbb",
+    "preprocessor_config.json": "25ee7ecdca762e19776ddaed320da660a06bbe29fa5483d52f8d58c59c42f15d",
+}
+"""SHA-256 of the configuration that lite0.py writes beside every Lite0."""
+
 _INDEX_NAME: Final = "model.safetensors.index.json"
 _LITE0_PATTERN: Final = "efficientnet-lite0-*.pth"
 _HUB_SOURCE: Final = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>\w[\w.-]*(?:/\w[\w.-]*)*)", re.ASCII)
@@ -55,6 +70,7 @@ class PinnedWeights:
         folder: where configuration and tokenizer lie.
         weights_file: the one file with the tensors.
         sha256: SHA-256 of `weights_file`, as it was found, 64 hex digits.
+        files_sha256: `files_digest` of the configuration and tokenizer that are read with it.
         source: the source it was found by, as written in the plan.
         licence: SPDX name as written in the plan, "" when not given.
     """
@@ -62,26 +78,34 @@ class PinnedWeights:
     folder: Path
     weights_file: Path
     sha256: str
+    files_sha256: str
     source: str
     licence: str
 
 
-def locate(backbone: Backbone, *, base: Path) -> PinnedWeights:
+def locate(backbone: Backbone, *, base: Path, network: bool = True) -> PinnedWeights:
     """Find a plan's weights and check that they are the pinned ones.
 
     Args:
-        backbone: source and hash, from the plan.
+        backbone: source and hashes, from the plan.
         base: folder that a relative `path:` source starts from.
+        network: whether a `hub:` source may be fetched; without, only the local cache is looked at.
 
     Raises:
-        WeightsError: nothing or too much found, another hash than the pinned one, or a damaged file.
+        WeightsError: nothing or too much found, another hash than a pinned one, or a damaged file.
     """
-    found = _hashed(backbone.source, base)
+    found = _hashed(backbone.source, base, network)
     if found.sha256 != backbone.sha256:
         raise WeightsError(
             f"{found.weights_file} has SHA-256 {found.sha256}",
             f"the pinned SHA-256 {backbone.sha256}",
             "obtain the pinned file again, or pin the found hash if these are the weights you mean",
+        )
+    if backbone.files_sha256 not in (None, found.files_sha256):
+        raise WeightsError(
+            f"the configuration and tokenizer files in {found.folder} have SHA-256 {found.files_sha256}",
+            f"the pinned files_sha256 {backbone.files_sha256}",
+            "obtain the pinned files again, or pin the found hash if these are the files you mean",
         )
     _check_layout(found.weights_file)
     return replace(found, licence=backbone.licence)
@@ -97,9 +121,37 @@ def fingerprint(source: str, *, base: Path) -> PinnedWeights:
     Raises:
         WeightsError: nothing or too much found, or a damaged file.
     """
-    found = _hashed(source, base)
+    found = _hashed(source, base, network=True)
     _check_layout(found.weights_file)
     return found
+
+
+def as_safetensors(backbone: Backbone) -> Backbone:
+    """The hashes of the form in which a backbone can travel: its own, or those of Lite0's safetensors file.
+
+    The hashes of that one conversion stand in this module, so that whoever receives it checks it against code of its
+    own and the plan's pin, and takes nobody's word.
+    """
+    sha256 = LITE0_SAFETENSORS.get(backbone.sha256)
+    if sha256 is None:
+        return backbone
+    files = backbone.files_sha256 or files_digest(LITE0_FILES)
+    return backbone.model_copy(update={"sha256": sha256, "files_sha256": files})
+
+
+def files_digest(digests: Mapping[str, str]) -> str:
+    """One hash over files: that of the lines `sha256sum` prints for them, sorted by name, as 64 hex digits."""
+    lines = "".join(f"{digests[name]}  {name}\n" for name in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def companion_digests(folder: Path) -> dict[str, str]:
+    """Name and SHA-256 of every configuration and tokenizer file in a model folder.
+
+    Raises:
+        WeightsError: a file cannot be read.
+    """
+    return {name: sha256_of(folder / name) for name in COMPANIONS if (folder / name).is_file()}
 
 
 def sha256_of(file: Path) -> str:
@@ -131,12 +183,20 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "veil"
 
 
-def _hashed(source: str, base: Path) -> PinnedWeights:
-    file = _weights_file(_folder(source, base), source)
-    return PinnedWeights(folder=file.parent, weights_file=file, sha256=sha256_of(file), source=source, licence="")
+def _hashed(source: str, base: Path, network: bool) -> PinnedWeights:
+    file = _weights_file(_folder(source, base, network), source)
+    beside = LITE0_FILES if file.suffix == ".pth" else companion_digests(file.parent)
+    return PinnedWeights(
+        folder=file.parent,
+        weights_file=file,
+        sha256=sha256_of(file),
+        files_sha256=files_digest(beside),
+        source=source,
+        licence="",
+    )
 
 
-def _folder(source: str, base: Path) -> Path:
+def _folder(source: str, base: Path, network: bool) -> Path:
     kind, _, rest = source.partition(":")
     if not rest or kind not in ("package", "path", "hub"):
         raise WeightsError(
@@ -149,7 +209,7 @@ def _folder(source: str, base: Path) -> Path:
     elif kind == "path":
         folder = base / Path(rest).expanduser()
     else:
-        folder = _hub_folder(rest)
+        folder = _hub_folder(rest, network)
     if not folder.is_dir():
         raise WeightsError(f"{source}: no folder {folder}", "a folder with the weights", "check the source")
     return folder
@@ -176,7 +236,7 @@ def _package_folder(rest: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / inside
 
 
-def _hub_folder(rest: str) -> Path:
+def _hub_folder(rest: str, network: bool) -> Path:
     named = _HUB_SOURCE.fullmatch(rest)
     if named is None:
         raise WeightsError(
@@ -185,7 +245,7 @@ def _hub_folder(rest: str) -> Path:
             "add @ and the commit hash of the model repository",
         )
     try:
-        return _snapshot(named["repo"], named["revision"])
+        return _snapshot(named["repo"], named["revision"], network)
     except Exception as error:  # the hub client, its HTTP library and the disk each raise their own kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise WeightsError(
@@ -195,11 +255,13 @@ def _hub_folder(rest: str) -> Path:
         ) from None
 
 
-def _snapshot(repo: str, revision: str) -> Path:
+def _snapshot(repo: str, revision: str, network: bool) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     wanted = [WEIGHTS_NAME, _INDEX_NAME, *COMPANIONS]
     fetch = partial(snapshot_download, repo, allow_patterns=wanted, etag_timeout=_HUB_TIMEOUT_S)
+    if not network:
+        return Path(fetch(revision=revision, local_files_only=True))
     if _COMMIT.fullmatch(revision):
         try:
             return Path(fetch(revision=revision, local_files_only=True))

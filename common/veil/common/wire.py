@@ -7,19 +7,28 @@ Promises that what is decoded has the stated types, or a `WireError` says what w
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.common.serde import recorddict_to_proto
 from numpy.typing import NDArray
 
+from veil.common.delivery import Chunk, FileEntry, Manifest, Position, Progress, Standing
 from veil.common.errors import PlanError, RefusalCode
-from veil.common.exchange import RoundReply, RoundRequest
+from veil.common.exchange import Offer, OfferReply, RoundReply, RoundRequest, Willingness
 from veil.common.plan import RunPlan
 from veil.common.schedule import ReleaseKind
 from veil.common.update import Adapter, Update
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+
+OFFER = "offer"
+"""The action of a query message that carries an offer."""
+
+MANIFEST, CHUNK = "manifest", "chunk"
+"""The actions of query messages that carry the list of a backbone's files, and a piece of one."""
 
 
 class WireError(ValueError):
@@ -46,16 +55,16 @@ def decode_adapter(record: ArrayRecord) -> Adapter:
 
 def encode_request(request: RoundRequest) -> RecordDict:
     """The content of a train message."""
-    config = ConfigRecord(
-        {
-            "plan": request.plan.public().to_json(),
-            "job": request.job,
-            "round": request.round,
-            "kind": request.kind.value,
-            "nominal-units": request.nominal_units,
-        }
-    )
-    return RecordDict({ARRAYS: encode_adapter(request.adapter), CONFIG: config})
+    config: dict[str, Any] = {
+        "plan": request.plan.public().to_json(),
+        "job": request.job,
+        "round": request.round,
+        "kind": request.kind.value,
+        "nominal-units": request.nominal_units,
+    }
+    if request.witness:
+        config["witness"] = request.witness
+    return RecordDict({ARRAYS: encode_adapter(request.adapter), CONFIG: ConfigRecord(config)})
 
 
 def decode_request(content: RecordDict) -> RoundRequest:
@@ -68,19 +77,24 @@ def decode_request(content: RecordDict) -> RoundRequest:
     try:
         return RoundRequest(
             plan=RunPlan.from_json(str(config["plan"])),
-            job=str(config["job"]),
+            job=_job(config["job"]),
             round=_integer(config["round"]),
             kind=ReleaseKind(str(config["kind"])),
             adapter=decode_adapter(content.array_records[ARRAYS]),
             nominal_units=float(str(config["nominal-units"])),
+            witness=_digest(config.get("witness", "")),
         )
     except (KeyError, ValueError, PlanError) as error:
         raise WireError(f"request: {type(error).__name__}: {error}") from None
 
 
 def encode_reply(reply: RoundReply) -> RecordDict:
-    """The content of a train reply. Its weight is the constant 1: no count of records leaves."""
+    """The content of a train reply. Its weight is the constant 1: no count leaves but one declared public."""
     config: dict[str, Any] = {"site": reply.site, "job": reply.job, "round": reply.round}
+    if reply.head:
+        config["head"] = reply.head
+    if reply.units is not None:
+        config["units"] = reply.units
     record = RecordDict({METRICS: MetricRecord({"num-examples": 1})})
     if reply.update is None:
         config["refusal"] = str(reply.refusal)
@@ -101,28 +115,85 @@ def decode_reply(content: RecordDict) -> RoundReply:
     config = _config(content)
     try:
         site, job, round_ = str(config["site"]), str(config["job"]), _integer(config["round"])
+        head = _digest(config.get("head", ""))
         if "refusal" in config:
-            return RoundReply(site=site, job=job, round=round_, refusal=RefusalCode(str(config["refusal"])))
+            return RoundReply(site=site, job=job, round=round_, refusal=RefusalCode(str(config["refusal"])), head=head)
         points = {name: _numpy(array) for name, array in content.array_records[ARRAYS].items()}
         if any(p.dtype != np.int64 for p in points.values()):
             raise WireError("an update holds int64 lattice points only")
         update = Update(points=points, spacing=float(str(config["spacing"])))
-        return RoundReply(site=site, job=job, round=round_, update=update)
+        units = _integer(config["units"]) if "units" in config else None
+        return RoundReply(site=site, job=job, round=round_, update=update, head=head, units=units)
     except (KeyError, ValueError) as error:
         raise WireError(f"reply: {type(error).__name__}: {error}") from None
 
 
+def encode_offer(offer: Offer) -> RecordDict:
+    """The content of an offer."""
+    return RecordDict({CONFIG: ConfigRecord({"plan": offer.plan.public().to_json(), "job": offer.job})})
+
+
+def decode_offer(content: RecordDict) -> Offer:
+    """The inverse of `encode_offer`.
+
+    Raises:
+        WireError: when a part is missing or of the wrong type.
+    """
+    config = _config(content)
+    try:
+        return Offer(plan=RunPlan.from_json(str(config["plan"])), job=_job(config["job"]))
+    except (KeyError, ValueError, PlanError) as error:
+        raise WireError(f"offer: {type(error).__name__}: {error}") from None
+
+
+def encode_offer_reply(reply: OfferReply) -> RecordDict:
+    """The content of the answer to an offer."""
+    config: dict[str, Any] = {"job": reply.job, "willingness": reply.willingness.value}
+    if reply.refusal is not None:
+        config["refusal"] = reply.refusal.value
+    return RecordDict({CONFIG: ConfigRecord(config)})
+
+
+def decode_offer_reply(content: RecordDict) -> OfferReply:
+    """The inverse of `encode_offer_reply`.
+
+    Raises:
+        WireError: when a part is missing or of the wrong type.
+    """
+    config = _config(content)
+    try:
+        return OfferReply(
+            job=str(config["job"]),
+            willingness=Willingness(str(config["willingness"])),
+            refusal=RefusalCode(str(config["refusal"])) if "refusal" in config else None,
+        )
+    except (KeyError, ValueError) as error:
+        raise WireError(f"answer to an offer: {type(error).__name__}: {error}") from None
+
+
 def payload_bytes(content: RecordDict) -> int:
     """Bytes of all records of a message, transport framing not counted."""
-    arrays = sum(record.count_bytes() for record in content.array_records.values())
-    config = sum(record.count_bytes() for record in content.config_records.values())
-    return arrays + config + sum(record.count_bytes() for record in content.metric_records.values())
+    return int(recorddict_to_proto(content).ByteSize())
 
 
 def _config(content: RecordDict) -> ConfigRecord:
     if CONFIG not in content.config_records:
         raise WireError("a message without its config record")
     return content.config_records[CONFIG]
+
+
+def _job(value: object) -> str:
+    """A run's name: letters, digits and a few signs, so that it can stand in any line and any message."""
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,119}", value):
+        raise WireError("the name of a run; expected letters, digits, blanks, dots, dashes")
+    return value
+
+
+def _digest(value: object) -> str:
+    """64 hex digits, or nothing."""
+    if not isinstance(value, str) or not re.fullmatch(r"([0-9a-f]{64})?", value):
+        raise WireError(f"{value!r}; expected the hash of a ledger line")
+    return value
 
 
 def _integer(value: object) -> int:
@@ -142,3 +213,101 @@ def _numpy(array: Array) -> NDArray[Any]:
     if not isinstance(numbers, np.ndarray):
         raise WireError("an archive in the place of an array")
     return numbers
+
+
+def encode_manifest(manifest: Manifest, offer: Offer) -> RecordDict:
+    """The content of a message that begins a delivery; the offer says for which run, which the site approved or not."""
+    content = encode_offer(offer)
+    config = content.config_records[CONFIG]
+    config["names"] = [entry.name for entry in manifest.entries]
+    config["sizes"] = [entry.size for entry in manifest.entries]
+    config["sha256"] = [entry.sha256 for entry in manifest.entries]
+    return content
+
+
+def decode_manifest(content: RecordDict) -> tuple[Offer, Manifest]:
+    """The inverse of `encode_manifest`.
+
+    Raises:
+        WireError: when a part is missing or of the wrong type, or the files are not those of a backbone.
+    """
+    offer, config = decode_offer(content), _config(content)
+    try:
+        columns = (_list(config["names"]), _list(config["sizes"]), _list(config["sha256"]))
+        entries = (
+            FileEntry(name=_text(name), size=_integer(size), sha256=_text(sha256))
+            for name, size, sha256 in zip(*columns, strict=True)
+        )
+        return offer, Manifest(entries=tuple(entries))
+    except (KeyError, ValueError) as error:
+        raise WireError(f"manifest: {type(error).__name__}: {error}") from None
+
+
+def encode_chunk(chunk: Chunk) -> RecordDict:
+    """The content of a message with a piece of a backbone."""
+    config = {"manifest": chunk.manifest, **_encode_position(chunk.position), "data": chunk.data}
+    return RecordDict({CONFIG: ConfigRecord(config)})
+
+
+def decode_chunk(content: RecordDict) -> Chunk:
+    """The inverse of `encode_chunk`.
+
+    Raises:
+        WireError: when a part is missing, of the wrong type or out of range.
+    """
+    config = _config(content)
+    try:
+        data = config["data"]
+        if not isinstance(data, bytes):
+            raise WireError(f"a chunk of {type(data).__name__}; expected bytes")
+        return Chunk(manifest=_text(config["manifest"]), position=_decode_position(config), data=data)
+    except (KeyError, ValueError) as error:
+        raise WireError(f"chunk: {type(error).__name__}: {error}") from None
+
+
+def encode_progress(progress: Progress) -> RecordDict:
+    """The content of the answer to a manifest or a chunk."""
+    config: dict[str, Any] = {"manifest": progress.manifest, "standing": progress.standing.value}
+    if progress.next is not None:
+        config |= _encode_position(progress.next)
+    if progress.refusal is not None:
+        config["refusal"] = progress.refusal.value
+    return RecordDict({CONFIG: ConfigRecord(config)})
+
+
+def decode_progress(content: RecordDict) -> Progress:
+    """The inverse of `encode_progress`.
+
+    Raises:
+        WireError: when a part is missing, of the wrong type or out of range.
+    """
+    config = _config(content)
+    try:
+        return Progress(
+            manifest=_text(config["manifest"]),
+            standing=Standing(_text(config["standing"])),
+            next=_decode_position(config) if "name" in config or "offset" in config else None,
+            refusal=RefusalCode(_text(config["refusal"])) if "refusal" in config else None,
+        )
+    except (KeyError, ValueError) as error:
+        raise WireError(f"answer to a delivery: {type(error).__name__}: {error}") from None
+
+
+def _encode_position(position: Position) -> dict[str, Any]:
+    return {"name": position.name, "offset": position.offset}
+
+
+def _decode_position(config: ConfigRecord) -> Position:
+    return Position(name=_text(config["name"]), offset=_integer(config["offset"]))
+
+
+def _list(value: object) -> list[Any]:
+    if not isinstance(value, list):
+        raise WireError(f"{type(value).__name__}; expected a list")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise WireError(f"{type(value).__name__}; expected text")
+    return value

@@ -108,3 +108,8 @@ class PrivacySpent:
     epsilon: float
     delta: float
     by_accountant: dict[str, float]
+
+    @property
+    def finite_epsilon(self) -> float | None:
+        """ε, or None where it is infinite: JSON has no word for that."""
+        return self.epsilon if math.isfinite(self.epsilon) else None
