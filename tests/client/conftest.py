@@ -10,15 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from veil.client.backbone_store import BackboneStore
 from veil.client.ledger import Ledger
 from veil.client.policy import Limits, SitePolicy
-from veil.client.site import Site
+from veil.client.site import Consent, Site
+from veil.client.site_form import write_site_file
 from veil.client.units import Units
 from veil.common.exchange import RoundRequest
 from veil.common.head import initial_adapter
+from veil.common.keys import NodeKey
 from veil.common.noise import OSNoise
 from veil.common.plan import RunPlan
 from veil.common.schedule import schedule
+from veil.server.pki import issue_certificate, make_authority
 
 WIDTH = 6
 LABELS = ["no", "yes", "maybe"]
@@ -78,13 +82,19 @@ def make_request() -> Callable[..., RoundRequest]:
     return make
 
 
+@pytest.fixture(scope="session")
+def key() -> NodeKey:
+    """The site's key pair."""
+    return NodeKey.generate()
+
+
 @pytest.fixture
-def open_ledger(tmp_path: Path) -> Iterator[Callable[..., Ledger]]:
-    """Further connections to one file, closed at the end."""
+def open_ledger(tmp_path: Path, key: NodeKey) -> Iterator[Callable[..., Ledger]]:
+    """Further connections to one file, closed at the end; keywords belong to the ledger."""
     opened: list[Ledger] = []
 
-    def connect(site: str = "Ulm") -> Ledger:
-        opened.append(Ledger(tmp_path / "ledger.sqlite", site))
+    def connect(site: str = "Ulm", **options: Any) -> Ledger:
+        opened.append(Ledger(tmp_path / "ledger.sqlite", site, options.pop("key", key), **options))
         return opened[-1]
 
     yield connect
@@ -93,7 +103,9 @@ def open_ledger(tmp_path: Path) -> Iterator[Callable[..., Ledger]]:
 
 
 @pytest.fixture
-def make_site(open_ledger: Callable[..., Ledger], make_units: Callable[..., Units]) -> Callable[..., Site]:
+def make_site(
+    open_ledger: Callable[..., Ledger], make_units: Callable[..., Units], tmp_path: Path
+) -> Callable[..., Site]:
     """A site with its own connection to the ledger; keywords other than the site's own belong to its limits."""
 
     def make(
@@ -108,6 +120,84 @@ def make_site(open_ledger: Callable[..., Ledger], make_units: Callable[..., Unit
             ledger=open_ledger(),
             units=units or (lambda _: records),
             noise=noise,
+            consent=lambda job, plan: Consent.GIVEN,
+            backbones=BackboneStore(tmp_path / "backbones", mirror=None, accept=False),
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A coordinator's authority: a folder with `ca.pem`, and `link.pem` and `link.key` for this machine."""
+    folder = tmp_path_factory.mktemp("pki")
+    make_authority(folder, "Study 7")
+    issue_certificate(folder, ["localhost", "127.0.0.1"])
+    return folder
+
+
+@pytest.fixture
+def make_home(tmp_path: Path, key: NodeKey, authority: Path) -> Callable[..., Path]:
+    """A site's folder as `veil site init` leaves it, with a table of its own; `limits` and `agent` are tables."""
+
+    def make(
+        *, url: str = "https://127.0.0.1:1", limits: dict[str, Any] | None = None, agent: dict[str, Any] | None = None
+    ) -> Path:
+        home = tmp_path / "site"
+        home.mkdir(mode=0o700)
+        columns = [f"c{index}" for index in range(WIDTH)]
+        random = np.random.default_rng(1)
+        rows = [[*map(repr, random.normal(size=WIDTH).tolist()), LABELS[index % 3]] for index in range(40)]
+        lines = [",".join(row) for row in [[*columns, "answer"], *rows]]
+        (home / "table.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        document = {
+            "name": "Ulm",
+            "data": {"table": "table.csv", "features": columns, "label": "answer"},
+            "limits": {"epsilon_per_run": 8.0, "epsilon_lifetime": 8.0, **(limits or {})},
+            "coordinator": {"url": url, "ca": "keys/coordinator.pem"},
+            "agent": {"health_address": "", "metrics_address": "", **(agent or {})},
+        }
+        write_site_file(home / "site.toml", document)
+        (home / "keys").mkdir(mode=0o700)
+        key.save(home / "keys" / "node.key")
+        (home / "keys" / "coordinator.pem").write_bytes((authority / "ca.pem").read_bytes())
+        return home
+
+    return make
+
+
+_FAKE_EXECUTOR = """
+import os, sys, time
+from multiprocessing.connection import Connection
+
+pipe = Connection(int(sys.argv[1]))
+while True:
+    try:
+        frame = pipe.recv_bytes()
+    except EOFError:
+        sys.exit(0)
+    if frame.endswith(b"hang"):
+        time.sleep(600)
+    elif frame.endswith(b"crash"):
+        os._exit(3)
+    elif frame.endswith(b"close"):
+        pipe.close()
+        time.sleep(600)
+    elif frame.endswith(b"half"):
+        os.write(pipe.fileno(), b"\\x00\\x00\\x01\\x00half")
+        os._exit(0)
+    elif frame.endswith(b"stall"):
+        os.write(pipe.fileno(), b"\\x00\\x00\\x01\\x00half")
+        time.sleep(600)
+    else:
+        pipe.send_bytes({b"ping": b"ping", b"site": sys.argv[2].encode()}.get(frame, frame[::-1]))
+"""
+
+
+@pytest.fixture
+def fake_executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of a module that runs as an executor: a frame says what it does, any other comes back reversed."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "fake_executor.py").write_text(_FAKE_EXECUTOR, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
+    return "fake_executor"

@@ -4,20 +4,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from veil.client.ledger import Entry
+from veil.client.ledger import Entry, Ledger
 from veil.client.policy import Limits, SitePolicy
-from veil.client.review import affordable, release_of, review_request
+from veil.client.review import affordable, release_of, remaining, review_history, review_plan, review_request
 from veil.common.errors import RefusalCode, RefusalError
 from veil.common.exchange import RoundRequest
 from veil.common.head import CENTRE, WEIGHT
-from veil.common.plan import RunPlan
+from veil.common.plan import Backbone, RunPlan
 from veil.common.privacy import Mechanism, spent
 from veil.common.schedule import ReleaseKind, schedule
 from veil.common.update import Adapter
@@ -140,11 +140,16 @@ def entries_of(plan: RunPlan, upto: int, job: str = "job") -> list[Entry]:
     ]
 
 
+def review(request: RoundRequest, given: Limits, *, noise: str = "os") -> Callable[[Sequence[Entry]], None]:
+    """The check as a site makes it: this round and all that the plan has after it."""
+    left = remaining(request, release_of(request))
+    return affordable(request.plan, request.job, left, given, noise=noise)
+
+
 def verdict(request: RoundRequest, before: list[Entry], given: Limits, noise: str = "os") -> str:
     """Which limit a request would pass, or an empty word."""
-    check = affordable(request, release_of(request), given, noise=noise)
     try:
-        check(before)
+        review(request, given, noise=noise)(before)
     except RefusalError as error:
         assert error.code is RefusalCode.BUDGET
         return "lifetime" if "epsilon_lifetime" in str(error) else "run"
@@ -202,7 +207,7 @@ def test_a_job_keeps_the_plan_it_began_with(make_plan: MakePlan, make_request: M
     changed = make_plan({"rounds": 29})
     request = make_request(changed, 5)
     with pytest.raises(RefusalError) as caught:
-        affordable(request, release_of(request), limits(), noise="os")(before)
+        review(request, limits())(before)
     assert caught.value.code is RefusalCode.PLAN_CHANGED
     assert verdict(make_request(changed, 5, job="another"), before, limits()) == ""
 
@@ -211,7 +216,7 @@ def test_one_ledger_has_one_unit(make_plan: MakePlan, make_request: MakeRequest)
     before = entries_of(make_plan(), 2, job="old")
     request = make_request(make_plan(unit="patient"))
     with pytest.raises(RefusalError) as caught:
-        affordable(request, release_of(request), limits(unit="patient"), noise="os")(before)
+        review(request, limits(unit="patient"))(before)
     assert caught.value.code is RefusalCode.POLICY
 
 
@@ -238,11 +243,44 @@ def test_the_sites_delta_counts_and_not_the_plans(make_plan: MakePlan, make_requ
 def test_a_refusal_says_value_limit_and_remedy(make_plan: MakePlan, make_request: MakeRequest) -> None:
     request = make_request(make_plan())
     with pytest.raises(RefusalError) as caught:
-        affordable(request, release_of(request), limits(epsilon_per_run=1.5), noise="os")([])
+        review(request, limits(epsilon_per_run=1.5))([])
     text = str(caught.value)
     assert "would reach epsilon 3 " in text
     assert "limits.epsilon_per_run = 1.5" in text
     assert "smaller target_epsilon" in text
+
+
+@pytest.mark.parametrize(
+    ("licences", "allowed"), [((), True), (("MIT", "Apache-2.0"), True), (("MIT",), False)], ids=["any", "on", "off"]
+)
+def test_weights_under_a_licence_that_is_not_on_the_list_are_refused(
+    licences: tuple[str, ...], allowed: bool, make_plan: MakePlan
+) -> None:
+    backbone = Backbone(source="package:model", sha256="0" * 64, licence="Apache-2.0")
+    plan = make_plan().model_copy(update={"backbone": backbone})
+    if allowed:
+        review_plan(plan, limits(licences=licences))
+    else:
+        with pytest.raises(RefusalError, match=r'licence = "Apache-2.0".*limits.licences = MIT') as caught:
+            review_plan(plan, limits(licences=licences))
+        assert caught.value.code is RefusalCode.POLICY
+
+
+def test_a_line_that_the_coordinator_saw_must_be_in_the_ledger(
+    make_plan: MakePlan, make_request: MakeRequest, open_ledger: Callable[..., Ledger]
+) -> None:
+    """Otherwise this is an older copy, whatever the anchor says."""
+    ledger = open_ledger()
+    review_history(make_request(make_plan()), ledger)
+    review_history(make_request(make_plan(), witness=ledger.head()), ledger)
+    with pytest.raises(RefusalError, match="the coordinator saw ledger line 777777777777") as caught:
+        review_history(make_request(make_plan(), witness="7" * 64), ledger)
+    assert caught.value.code is RefusalCode.LEDGER
+
+
+def test_what_is_left_of_a_plan_begins_with_the_round_itself(make_plan: MakePlan, make_request: MakeRequest) -> None:
+    request = make_request(make_plan(), 2)
+    assert remaining(request, release_of(request)) == schedule(request.plan)[2:]
 
 
 @pytest.mark.parametrize("name", ["epsilon_per_run", "epsilon_lifetime", "delta"])

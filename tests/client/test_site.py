@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import sqlite3
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,17 @@ from hypothesis import strategies as st
 
 from veil.client import site as module
 from veil.client.ledger import Ledger
-from veil.client.site import Site
+from veil.client.site import Consent, Site
 from veil.client.units import Units
-from veil.common.errors import RefusalCode, TableError
-from veil.common.exchange import RoundReply, RoundRequest
+from veil.common.delivery import Chunk, FileEntry, Manifest, Position, Progress, Standing
+from veil.common.errors import RefusalCode, RefusalError, TableError
+from veil.common.exchange import Offer, OfferReply, RoundReply, RoundRequest, Willingness
 from veil.common.head import CENTRE, WEIGHT, initial_adapter
 from veil.common.noise import spacing
-from veil.common.plan import RunPlan
+from veil.common.plan import Backbone, RunPlan
 from veil.common.schedule import ReleaseKind, schedule
 from veil.common.update import Adapter
+from veil.common.weights import WEIGHTS_NAME
 from veil.common.wire import decode_reply, encode_reply
 from veil.simulations.unprivate_noise import FixedNoise, NoNoise
 
@@ -35,7 +38,7 @@ MakeSite = Callable[..., Site]
 
 def line_count(tmp_path: Path) -> int:
     with sqlite3.connect(tmp_path / "ledger.sqlite") as other:
-        (count,) = other.execute("SELECT count(*) FROM spend").fetchone()
+        (count,) = other.execute("SELECT count(*) FROM line").fetchone()
     other.close()
     return int(count)
 
@@ -118,6 +121,23 @@ def test_the_answer_is_stored_before_it_leaves(
     assert len(site.ledger.entries()) == 1
     assert site.answer(request).update is not None
     assert len(site.ledger.entries()) == 2
+
+
+def test_a_second_delivery_during_the_first_gets_the_same_answer(
+    make_plan: MakePlan, make_request: MakeRequest, make_site: MakeSite, make_units: Callable[..., Units]
+) -> None:
+    """Both drew noise, both were paid, one answer is all that ever leaves."""
+    request, inner = make_request(make_plan()), make_site()
+    early: list[RoundReply] = []
+
+    def units(_: RunPlan) -> Units:
+        if not early:
+            early.append(inner.answer(request))
+        return make_units(40)
+
+    late = make_site(units=units).answer(request)
+    assert points(late) == points(early[0])
+    assert len(inner.ledger.entries()) == 2
 
 
 def test_a_repeated_request_gets_the_same_bytes_also_after_a_restart(
@@ -334,3 +354,207 @@ def test_the_noise_of_an_answer_has_the_sites_own_sigma(
     values = update.points[WEIGHT] * spacing(mechanism.max_grad_norm)
     ratio = float(np.mean(values**2)) / (mechanism.noise_multiplier * mechanism.max_grad_norm) ** 2
     assert abs(ratio - 1) < 5.1 * math.sqrt(2 / values.size)
+
+
+class Shelf:
+    """Backbones that are here or not; what a delivery does is scripted."""
+
+    def __init__(self, *, here: bool, does: Callable[[], Progress] | None = None) -> None:
+        self.here, self.does = here, does
+        self.pieces = 0
+
+    def has(self, backbone: Backbone) -> bool:
+        return self.here
+
+    def begin(self, manifest: Manifest, backbone: Backbone) -> Progress:
+        return self.write(None)
+
+    def write(self, chunk: Chunk | None) -> Progress:
+        self.pieces += 1
+        assert self.does is not None
+        return self.does()
+
+
+PINNED = Backbone(source="package:small/model", sha256="a" * 64, licence="MIT")
+MANIFEST = Manifest(entries=(FileEntry(name=WEIGHTS_NAME, size=4, sha256="a" * 64),))
+PIECE = Chunk(manifest=MANIFEST.digest, position=Position(name=WEIGHTS_NAME, offset=0), data=b"four")
+
+
+def offered(plan: RunPlan, *, backbone: bool = False) -> Offer:
+    text = {"backbone": PINNED, "task": plan.task.model_copy(update={"kind": "text-classification"})}
+    return Offer(plan=plan.model_copy(update=text) if backbone else plan, job="job")
+
+
+def says(consent: Consent) -> dict[str, Any]:
+    return {"consent": lambda job, plan: consent}
+
+
+@pytest.mark.parametrize(
+    ("consent", "backbone", "here", "willingness"),
+    [
+        (Consent.GIVEN, False, False, Willingness.READY),
+        (Consent.GIVEN, True, True, Willingness.READY),
+        (Consent.GIVEN, True, False, Willingness.LACKS_BACKBONE),
+        (Consent.PENDING, False, False, Willingness.PENDING),
+        (Consent.PENDING, True, False, Willingness.PENDING),
+    ],
+)
+def test_an_offer_is_answered_with_one_word(
+    consent: Consent,
+    backbone: bool,
+    here: bool,
+    willingness: Willingness,
+    make_plan: MakePlan,
+    make_site: MakeSite,
+) -> None:
+    site = replace(make_site(), backbones=Shelf(here=here), **says(consent))
+    reply = site.consider(offered(make_plan(), backbone=backbone))
+    assert reply == OfferReply(job="job", willingness=willingness)
+
+
+@pytest.mark.parametrize(
+    ("limits", "consent", "code"),
+    [
+        ({}, Consent.DENIED, RefusalCode.APPROVAL),
+        ({"epsilon_per_run": 2.0}, Consent.GIVEN, RefusalCode.BUDGET),
+        ({"epsilon_per_run": 2.0}, Consent.PENDING, RefusalCode.BUDGET),
+        ({"delta": 1e-6}, Consent.GIVEN, RefusalCode.POLICY),
+        ({"licences": ("Apache-2.0",)}, Consent.GIVEN, RefusalCode.POLICY),
+    ],
+)
+def test_an_offer_that_cannot_be_taken_is_refused_with_its_code(
+    limits: dict[str, Any], consent: Consent, code: RefusalCode, make_plan: MakePlan, make_site: MakeSite
+) -> None:
+    site = replace(make_site(**limits), backbones=Shelf(here=True), **says(consent))
+    reply = site.consider(offered(make_plan(), backbone=True))
+    assert reply == OfferReply(job="job", willingness=Willingness.REFUSED, refusal=code)
+
+
+def test_an_offer_costs_nothing_and_opens_no_record(make_plan: MakePlan, make_site: MakeSite, tmp_path: Path) -> None:
+    def units(_: RunPlan) -> Units:
+        pytest.fail("an offer must not touch a record")
+
+    site = make_site(units=units)
+    assert site.consider(offered(make_plan())).willingness is Willingness.READY
+    assert line_count(tmp_path) == 0
+
+
+def test_an_offer_in_mid_run_is_priced_by_what_is_left(
+    make_plan: MakePlan, make_request: MakeRequest, make_site: MakeSite
+) -> None:
+    """Rounds already paid for are not counted twice; a second run of the same plan has no room."""
+    plan, site = make_plan(), make_site(epsilon_per_run=3.0, epsilon_lifetime=3.0)
+    for round_ in (0, 1):
+        assert site.answer(make_request(plan, round_)).update is not None
+    assert site.consider(Offer(plan=plan, job="job")).willingness is Willingness.READY
+    assert site.consider(Offer(plan=plan, job="again")).refusal is RefusalCode.BUDGET
+
+
+def test_an_error_while_considering_becomes_a_code(make_plan: MakePlan, make_site: MakeSite) -> None:
+    def fail(job: str, plan: RunPlan) -> Consent:
+        raise OSError("Erika Mustermann")
+
+    reply = replace(make_site(), consent=fail).consider(offered(make_plan()))
+    assert reply == OfferReply(job="job", willingness=Willingness.REFUSED, refusal=RefusalCode.INTERNAL)
+
+
+@pytest.mark.parametrize(
+    ("consent", "backbone", "limits", "code"),
+    [
+        (Consent.PENDING, True, {}, RefusalCode.APPROVAL),
+        (Consent.DENIED, True, {}, RefusalCode.APPROVAL),
+        (Consent.GIVEN, False, {}, RefusalCode.APPROVAL),
+        (Consent.GIVEN, True, {"licences": ("Apache-2.0",)}, RefusalCode.POLICY),
+        (Consent.GIVEN, True, {"epsilon_lifetime": 2.0}, RefusalCode.BUDGET),
+    ],
+)
+def test_no_byte_is_taken_for_a_run_that_was_not_approved(
+    consent: Consent,
+    backbone: bool,
+    limits: dict[str, Any],
+    code: RefusalCode,
+    make_plan: MakePlan,
+    make_site: MakeSite,
+) -> None:
+    shelf = Shelf(here=False)
+    site = replace(make_site(**limits), backbones=shelf, **says(consent))
+    progress = site.receive((offered(make_plan(), backbone=backbone), MANIFEST))
+    assert progress == Progress(manifest=MANIFEST.digest, standing=Standing.REFUSED, refusal=code)
+    assert shelf.pieces == 0
+
+
+def refuse() -> Progress:
+    raise RefusalError(RefusalCode.BACKBONE, "Erika", "a name", "look")
+
+
+def fail() -> Progress:
+    raise OSError("Erika")
+
+
+@pytest.mark.parametrize(("does", "code"), [(refuse, RefusalCode.BACKBONE), (fail, RefusalCode.INTERNAL)])
+def test_a_piece_that_cannot_be_taken_is_a_code(
+    does: Callable[[], Progress], code: RefusalCode, make_plan: MakePlan, make_site: MakeSite
+) -> None:
+    site = replace(make_site(), backbones=Shelf(here=False, does=does))
+    for piece in (PIECE, (offered(make_plan(), backbone=True), MANIFEST)):
+        progress = site.receive(piece)
+        assert progress == Progress(manifest=MANIFEST.digest, standing=Standing.REFUSED, refusal=code)
+
+
+def test_a_piece_of_an_approved_backbone_reaches_the_shelf(make_plan: MakePlan, make_site: MakeSite) -> None:
+    done = Progress(manifest=MANIFEST.digest, standing=Standing.COMPLETE)
+    shelf = Shelf(here=False, does=lambda: done)
+    site = replace(make_site(), backbones=shelf)
+    assert site.receive((offered(make_plan(), backbone=True), MANIFEST)) == done
+    assert site.receive(PIECE) == done
+    assert shelf.pieces == 2
+
+
+def test_an_approval_taken_back_ends_a_run_in_its_middle(
+    make_plan: MakePlan, make_request: MakeRequest, make_site: MakeSite
+) -> None:
+    """Also for a round that was answered before: nothing more leaves."""
+    said = [Consent.GIVEN]
+    plan, site = make_plan(), replace(make_site(), consent=lambda job, plan: said[-1])
+    assert site.answer(make_request(plan, 1)).update is not None
+    for word in (Consent.DENIED, Consent.PENDING):
+        said.append(word)
+        for round_ in (1, 2):
+            assert site.answer(make_request(plan, round_)).refusal is RefusalCode.APPROVAL
+    assert len(site.ledger.entries()) == 1
+    said.append(Consent.GIVEN)
+    assert site.answer(make_request(plan, 2)).update is not None
+
+
+@pytest.mark.parametrize(("limits", "told"), [({}, None), ({"release_counts": True}, 40)])
+def test_the_number_of_units_leaves_only_where_it_was_declared_public(
+    limits: dict[str, Any], told: int | None, make_plan: MakePlan, make_request: MakeRequest, make_site: MakeSite
+) -> None:
+    site = make_site(**limits)
+    for round_ in range(4):
+        reply = site.answer(make_request(make_plan(), round_))
+        assert reply.units == told
+        config = encode_reply(reply).config_records["config"]
+        assert ("units" in config) == (told is not None)
+        assert decode_reply(encode_reply(reply)).units == told
+
+
+def test_a_refusal_tells_no_number_of_units(
+    make_plan: MakePlan, make_request: MakeRequest, make_site: MakeSite
+) -> None:
+    reply = make_site(release_counts=True, epsilon_per_run=1.0).answer(make_request(make_plan()))
+    assert (reply.refusal, reply.units, reply.head) == (RefusalCode.BUDGET, None, "")
+
+
+def test_a_witness_that_this_ledger_never_held_is_refused(
+    make_plan: MakePlan, make_request: MakeRequest, make_site: MakeSite
+) -> None:
+    """The coordinator saw a line that is not here: an old copy was put in the ledger's place."""
+    plan, site = make_plan(), make_site()
+    first = site.answer(make_request(plan))
+    assert site.answer(make_request(plan, 1, witness="f" * 64)).refusal is RefusalCode.LEDGER
+    assert len(site.ledger.entries()) == 1
+    second = site.answer(make_request(plan, 1, witness=first.head))
+    assert second.update is not None
+    assert second.head != first.head
+    assert site.answer(make_request(plan, 2, witness=first.head)).update is not None

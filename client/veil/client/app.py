@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ClientApp: a Flower message in, a Flower message out, everything between is the Site's.
+"""The ClientApp: Flower messages in, Flower messages out, everything between is the Site's.
 
 Promises that the site is opened by the function given at the site, never by anything in the message.
 """
@@ -12,9 +12,24 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from veil.client.site import Site
+from veil.common.delivery import Progress, Standing
 from veil.common.errors import RefusalCode
-from veil.common.exchange import RoundReply
-from veil.common.wire import WireError, decode_request, encode_reply
+from veil.common.exchange import OfferReply, RoundReply, Willingness
+from veil.common.wire import (
+    CHUNK,
+    MANIFEST,
+    OFFER,
+    WireError,
+    decode_chunk,
+    decode_manifest,
+    decode_offer,
+    decode_request,
+    encode_offer_reply,
+    encode_progress,
+    encode_reply,
+)
+
+_NO_DELIVERY = Progress(manifest="", standing=Standing.REFUSED, refusal=RefusalCode.MALFORMED)
 
 
 def client_app(open_site: Callable[[Context], Site]) -> ClientApp:
@@ -33,5 +48,29 @@ def client_app(open_site: Callable[[Context], Site]) -> ClientApp:
         except WireError:
             reply = RoundReply(site=site.policy.name, job="", round=-1, refusal=RefusalCode.MALFORMED)
         return Message(content=encode_reply(reply), reply_to=message)
+
+    @app.query(OFFER)
+    def consider(message: Message, context: Context) -> Message:
+        try:
+            reply = open_site(context).consider(decode_offer(message.content))
+        except WireError:
+            reply = OfferReply(job="", willingness=Willingness.REFUSED, refusal=RefusalCode.MALFORMED)
+        return Message(content=encode_offer_reply(reply), reply_to=message)
+
+    @app.query(MANIFEST)
+    def begin(message: Message, context: Context) -> Message:
+        try:
+            progress = open_site(context).receive(decode_manifest(message.content))
+        except WireError:
+            progress = _NO_DELIVERY
+        return Message(content=encode_progress(progress), reply_to=message)
+
+    @app.query(CHUNK)
+    def receive(message: Message, context: Context) -> Message:
+        try:
+            progress = open_site(context).receive(decode_chunk(message.content))
+        except WireError:
+            progress = _NO_DELIVERY
+        return Message(content=encode_progress(progress), reply_to=message)
 
     return app

@@ -18,8 +18,10 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow.parquet
 
+from veil.client.database import Query
 from veil.client.template import MISSING_WORDS, Template, canonical, canonical_keys, require_columns
 from veil.common.errors import TableError
+from veil.common.head import scaled
 from veil.common.plan import Columns, Task
 from veil.common.privacy import PrivacyUnit
 
@@ -74,12 +76,12 @@ class Examples:
 
 
 def read_examples(
-    table: Path, columns: Columns, task: Task, *, unit: PrivacyUnit, site_column: str | None = None
+    table: Path | Query, columns: Columns, task: Task, *, unit: PrivacyUnit, site_column: str | None = None
 ) -> Examples:
-    """Read all records of a CSV, TSV or Parquet table.
+    """Read all records of a CSV, TSV or Parquet table, or of a database.
 
     Args:
-        table: the file; image paths in it are relative to its folder.
+        table: the file, or the query; image paths in it are relative to its folder.
         columns: which column holds what.
         task: the classes, and the public bounds of numeric columns.
         unit: whom the promise protects; `PATIENT` needs `columns.patient`.
@@ -93,13 +95,13 @@ def read_examples(
     """
     _check_roles(columns, task, unit)
     template = None if columns.text_template is None else Template.parse(columns)
-    inputs = _input_columns(columns, template)
-    needed = (*inputs, columns.label, columns.patient, site_column)
-    frame = read_table(table, [name for name in needed if name is not None])
+    needed = named_columns(columns)
+    frame = read_table(table, needed if site_column is None else (*needed, site_column))
+    folder = table.folder if isinstance(table, Query) else table.parent
     rows = np.arange(1, len(frame) + 1).astype(np.str_)
     patients = None if columns.patient is None else _names(frame, columns.patient, "patient id")
     return Examples(
-        inputs=template.render(frame) if template else _inputs(frame, columns, task, table.parent),
+        inputs=template.render(frame) if template else _inputs(frame, columns, task, folder),
         labels=_labels(frame, columns, task),
         units=rows if patients is None or unit is PrivacyUnit.RECORD else patients,
         sites=None if site_column is None else _names(frame, site_column, "site"),
@@ -107,13 +109,32 @@ def read_examples(
     )
 
 
-def read_table(table: Path, names: Iterable[str]) -> pd.DataFrame:
-    """Read the named columns of a table, values raw: text as it stands in a CSV, typed in Parquet.
+def named_columns(columns: Columns) -> tuple[str, ...]:
+    """The columns that are read: those of the input, the label's and the patient's, each once.
 
     Raises:
-        TableError: for a file that is missing, of another kind, damaged or empty; for a column that it lacks.
+        TableError: for a template that cannot be parsed, no input column, or the label among the input's.
     """
-    wanted, kind = list(dict.fromkeys(names)), table.suffix.lower()
+    names = (*_input_columns(columns), columns.label, columns.patient)
+    return tuple(dict.fromkeys(name for name in names if name is not None))
+
+
+def read_table(table: Path | Query, names: Iterable[str]) -> pd.DataFrame:
+    """Read the named columns of a table, values raw: text as it stands in a CSV, typed in Parquet and databases.
+
+    Raises:
+        TableError: for a file that is missing, of another kind, damaged or empty; for a column that it lacks; for
+            a database that does not answer.
+    """
+    wanted = list(dict.fromkeys(names))
+    frame = table.read(wanted) if isinstance(table, Query) else _read_file(table, wanted)
+    if frame.empty:
+        raise TableError(f"{table}: no records", "at least one row", "check the export of the table")
+    return frame
+
+
+def _read_file(table: Path, wanted: list[str]) -> pd.DataFrame:
+    kind = table.suffix.lower()
     read, form = _READERS.get(kind, (None, ""))
     if read is None:
         kinds = ", ".join(_READERS)
@@ -121,13 +142,10 @@ def read_table(table: Path, names: Iterable[str]) -> pd.DataFrame:
     if not table.is_file():
         raise TableError(f"{table}: no such file", f"a table as {form}", "check the path")
     try:
-        frame = read(table, wanted)
+        return read(table, wanted)
     except (OSError, ValueError) as error:  # what pandas and pyarrow raise on a damaged file
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TableError(f"{table}: {reason}", form, "export the table again") from None
-    if frame.empty:
-        raise TableError(f"{table}: no records", "at least one row", "check the export of the table")
-    return frame
 
 
 def _read_csv(table: Path, names: list[str], separator: str = ",") -> pd.DataFrame:
@@ -172,9 +190,9 @@ def _check_roles(columns: Columns, task: Task, unit: PrivacyUnit) -> None:
             )
 
 
-def _input_columns(columns: Columns, template: Template | None) -> tuple[str, ...]:
-    if template is not None:
-        names = template.columns
+def _input_columns(columns: Columns) -> tuple[str, ...]:
+    if columns.text_template is not None:
+        names = Template.parse(columns).columns
     else:
         names = columns.features if columns.features is not None else (columns.text or columns.image or "",)
     if columns.label in names or not names:
@@ -204,11 +222,7 @@ def _feature(frame: pd.DataFrame, name: str, bounds: tuple[float, float] | None)
             "a number in every row of a features column",
             "leave these records out, fill the values in, or read the column through text_template",
         )
-    if bounds is None:
-        return numbers
-    low, high = bounds
-    scaled: npt.NDArray[np.float64] = (np.clip(numbers, low, high) - low) / (high - low) * 2 - 1
-    return scaled
+    return scaled(numbers, bounds)
 
 
 def _texts(frame: pd.DataFrame, name: str) -> tuple[str, ...]:

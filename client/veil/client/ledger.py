@@ -2,52 +2,33 @@
 """The Ledger: every mechanism that ever touched a site's records, written before it runs, and every reply's bytes.
 
 Promises that a crash over-counts and never under-counts: a spend is durable before training starts, a reply is stored
-before it can leave, and a release that was charged but never stored is charged again when it is drawn again.
+before it can leave, and a release that was charged but never stored is charged again when it is drawn again. Promises
+also that a ledger that was changed, cut or put back to an older copy is refused, not continued.
 """
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
-import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from veil.common.privacy import Mechanism, PrivacySpent, spent
+from veil.client.anchor import Anchor, disagreement
+from veil.client.books import Books, Entry, total
+from veil.client.chain import Line, examine, genesis, seal
+from veil.client.lines import FileLock, LineFile
+from veil.common.errors import InputError, RefusalCode, RefusalError
+from veil.common.keys import NodeKey
+from veil.common.privacy import Mechanism, PrivacyBudget, PrivacySpent, PrivacyUnit, gaussian_sigma
+from veil.common.privacy.mechanism import MIN_NOISE_MULTIPLIER
 from veil.common.schedule import Release
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS spend (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    site TEXT NOT NULL, job TEXT NOT NULL, round INTEGER NOT NULL, kind TEXT NOT NULL, attempt INTEGER NOT NULL,
-    mechanism TEXT NOT NULL, noise TEXT NOT NULL, plan TEXT NOT NULL, at TEXT NOT NULL, reply BLOB,
-    UNIQUE (site, job, round, kind, attempt)
-) STRICT
-"""
-_BUSY_S = 60.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
-    """One line of the ledger.
-
-    Attributes:
-        job: the run.
-        round: its round.
-        mechanism: what was done.
-        noise: the name of the noise source; only `os` is private.
-        plan: SHA-256 of the plan.
-    """
-
-    job: str
-    round: int
-    mechanism: Mechanism
-    noise: str
-    plan: str
+__all__ = ["Claim", "Entry", "Ledger", "entries_of", "total"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,35 +50,76 @@ class Ledger:
     Args:
         path: the file, made when missing.
         site: whose lines; a simulation keeps many sites in one file.
+        key: the site's; signs every line.
+        anchor: a file elsewhere that remembers the last line, by which an older copy of the ledger is found out;
+            made for an empty ledger. Implies `exclusive`.
+        exclusive: let no other such process at the file while it is open.
+        recovering: open although the anchor disagrees, for `write_off`; until then nothing can be spent.
+
+    Raises:
+        RefusalError: with the code `ledger`, for lines that were tampered with, an older copy, a missing anchor, or
+            a disk that does not work.
+        InputError: when another process has it.
     """
 
-    def __init__(self, path: Path, site: str) -> None:
-        self._site = site
-        self._lock = threading.RLock()
-        self._db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=FULL")
-        self._db.execute(_SCHEMA)
+    def __init__(
+        self,
+        path: Path,
+        site: str,
+        key: NodeKey,
+        *,
+        anchor: Path | None = None,
+        exclusive: bool = False,
+        recovering: bool = False,
+    ) -> None:
+        self._path, self._site, self._key, self._public_pem = path, site, key, key.public_pem
+        self._mutex = threading.RLock()
+        self._books = Books(heads=[genesis(site).hash])
+        self._anchor = None if anchor is None else Anchor(anchor, key)
+        self._lock = FileLock(path) if exclusive or anchor is not None else None
+        self._file: LineFile | None = None
+        try:
+            if not recovering and not path.exists():
+                self._check_anchor()
+            self._file = LineFile(path)
+            self._catch_up()
+            if not recovering:
+                self._check_anchor()
+                self._renew_anchor()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        """Close the file."""
-        self._db.close()
+        """Close the file and let others in."""
+        if self._file is not None:
+            self._file.close()
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def copy_to(self, path: Path) -> None:
         """Write all lines, of every site of the file, to a new file without side files."""
-        with self._lock:
-            self._db.execute("VACUUM INTO ?", (str(path),))
+        with self._mutex:
+            self._open_file.copy_to(path)
 
     def entries(self) -> tuple[Entry, ...]:
-        """All lines of this site, oldest first."""
-        with self._lock:
-            rows = self._db.execute(
-                "SELECT job, round, mechanism, noise, plan FROM spend WHERE site = ? ORDER BY seq", (self._site,)
-            ).fetchall()
-        return tuple(
-            Entry(job=job, round=round_, mechanism=Mechanism.from_record(json.loads(text)), noise=noise, plan=plan)
-            for job, round_, text, noise, plan in rows
-        )
+        """All mechanisms of this site, oldest first."""
+        with self._mutex:
+            self._catch_up()
+            return tuple(self._books.entries)
+
+    def head(self) -> str:
+        """Hash of the last line, 64 hexadecimal digits; before the first line a constant of the site's name."""
+        with self._mutex:
+            self._catch_up()
+            return self._books.head.hash
+
+    def knows(self, head: str) -> bool:
+        """Whether this was ever this ledger's head, or is a lost line's that a write-off stands for."""
+        with self._mutex:
+            self._catch_up()
+            return head in self._books.heads or head in self._books.covered
 
     def spend(
         self,
@@ -119,65 +141,181 @@ class Ledger:
 
         Returns:
             a claim; with `reply` set, the release was drawn before and must not be drawn again.
-        """
-        with self._transaction():
-            attempt, recorded = self._last(job, release)
-            if recorded is not None:
-                return recorded
-            review(self.entries())
-            cursor = self._db.execute(
-                "INSERT INTO spend (site, job, round, kind, attempt, mechanism, noise, plan, at)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    self._site,
-                    job,
-                    release.round,
-                    release.kind.value,
-                    attempt,
-                    json.dumps(release.mechanism.to_record(), sort_keys=True),
-                    noise,
-                    plan,
-                    datetime.now(UTC).isoformat(),
-                ),
-            )
-            return Claim(seq=int(cursor.lastrowid or 0))
 
-    def record_reply(self, claim: Claim, reply: bytes) -> None:
-        """Store a reply's exact bytes, durably, before it leaves."""
-        with self._transaction():
-            self._db.execute("UPDATE spend SET reply = ? WHERE seq = ? AND reply IS NULL", (reply, claim.seq))
+        Raises:
+            RefusalError: with the code `ledger`, when the line cannot be written or the ledger is not the newest.
+        """
+        with self._transaction() as added:
+            self._check_anchor()
+            answered = self._books.answered(job, release)
+            if answered is not None:
+                return Claim(seq=answered, reply=self._recorded(answered))
+            review(tuple(self._books.entries))
+            key = (job, release.round, release.kind.value)
+            fields = {
+                "kind": "spend",
+                "job": job,
+                "round": release.round,
+                "release": release.kind.value,
+                "attempt": len(self._books.attempts.get(key, [])),
+                "mechanism": release.mechanism.to_record(),
+                "noise": noise,
+                "plan": plan,
+            }
+            return Claim(seq=self._add(added, fields))
+
+    def record_reply(self, claim: Claim, reply: bytes) -> bytes:
+        """Store a reply's exact bytes, durably, before it leaves; the first reply of a release stays.
+
+        Returns:
+            what may leave: `reply`, or what was recorded for the same release while this one was drawn.
+
+        Raises:
+            RefusalError: with the code `ledger`, when it cannot be stored: then it must not leave.
+        """
+        with self._transaction() as added:
+            answered = self._books.answered_already(claim.seq)
+            if answered is not None:
+                return self._recorded(answered)
+            self._open_file.add_reply(self._site, claim.seq, reply)
+            self._add(added, {"kind": "reply", "spend": claim.seq, "sha256": hashlib.sha256(reply).hexdigest()})
+        return reply
+
+    def write_off(
+        self, epsilon: float, delta: float, reason: str, *, unit: PrivacyUnit, covers: Sequence[str] = ()
+    ) -> None:
+        """Count what lost lines may have cost, and start over from here: the operator's word, never automatic.
+
+        Args:
+            epsilon: the most that the lost lines can have cost, usually the lifetime limit.
+            delta: the δ it is meant at.
+            reason: what happened, for whoever reads the ledger.
+            unit: whom the lost lines protected.
+            covers: hashes of lost lines that others remember; the anchor's is added.
+
+        Raises:
+            InputError: for an ε or δ that no Gaussian mechanism costs.
+            RefusalError: with the code `ledger`, when the line cannot be written.
+        """
+        mechanism = _costing(epsilon, delta, unit)
+        with self._transaction() as added:
+            lost = sorted({*covers, *self._anchored_hash()} - set(self._books.heads))
+            fields = {"mechanism": mechanism.to_record(), "reason": reason, "covers": lost}
+            self._add(added, {"kind": "write-off", **fields})
 
     def spent(self, delta: float, job: str | None = None) -> PrivacySpent:
         """What all lines (of one job, if named) cost one unit; infinite when a line's noise was not private."""
         return total(self.entries(), delta, job)
 
-    def _last(self, job: str, release: Release) -> tuple[int, Claim | None]:
-        row = self._db.execute(
-            "SELECT seq, attempt, reply FROM spend WHERE site = ? AND job = ? AND round = ? AND kind = ?"
-            " ORDER BY attempt DESC LIMIT 1",
-            (self._site, job, release.round, release.kind.value),
-        ).fetchone()
-        if row is None:
-            return 0, None
-        seq, attempt, reply = row
-        return attempt + 1, None if reply is None else Claim(seq=seq, reply=reply)
+    @property
+    def _open_file(self) -> LineFile:
+        if self._file is None:
+            raise ValueError("a ledger that was never opened; expected an open one")
+        return self._file
+
+    def _recorded(self, spend: int) -> bytes:
+        """A recorded reply, checked against its line, which the anchor must know before the reply leaves."""
+        self._renew_anchor()
+        reply = self._open_file.reply(self._site, spend)
+        if reply is None or hashlib.sha256(reply).hexdigest() != self._books.replies[spend]:
+            raise _damage(self._path, f"the reply to line {spend} is not what was stored")
+        return reply
+
+    def _catch_up(self) -> None:
+        """Read what was added since, by whomever: from the last known line on, which must be there unchanged."""
+        known = self._books.head
+        lines = self._open_file.lines(self._site, known.seq or None)
+        if known.seq and (not lines or lines.pop(0).head != known):
+            raise _damage(self._path, f"line {known.seq} is not what was written")
+        for finding in examine(lines, after=known, public_pem=self._public_pem):
+            raise _damage(self._path, str(finding))
+        try:
+            for line in lines:
+                self._books.add(line)
+        except (LookupError, TypeError, ValueError) as error:
+            raise _damage(self._path, f"a line of another version ({error})") from error
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """One transaction at a time: threads would share the connection's, and its error codes."""
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
+    def _transaction(self) -> Iterator[list[Line]]:
+        """One at a time, on the newest lines; the anchor follows when the lines are on the disk."""
+        added: list[Line] = []
+        with self._mutex:
+            with self._open_file.transaction():
+                self._catch_up()
+                yield added
+                if added and self._anchor is not None:
+                    self._anchor.prepare(added[-1].head)
+            for line in added:
+                self._books.add(line)
+            if added and self._anchor is not None:
+                self._anchor.publish()
+
+    def _add(self, added: list[Line], fields: Mapping[str, Any]) -> int:
+        line = seal({**fields, "at": datetime.now(UTC).isoformat()}, self._books.head, self._key)
+        self._open_file.add(self._site, line)
+        added.append(line)
+        return line.seq
+
+    def _check_anchor(self) -> None:
+        """The anchored line must be one of these."""
+        if self._anchor is None:
+            return
+        fault = disagreement(self._anchor.read(), self._books.heads)
+        if fault is not None:
+            raise RefusalError(
+                RefusalCode.LEDGER,
+                f"ledger {self._path}: {fault}",
+                "a ledger with every line this site ever wrote, and its anchor",
+                "restore the newest copy of both; if it is lost, count what it may have held with"
+                " veil site ledger write-off",
+            )
+
+    def _anchored_hash(self) -> Iterator[str]:
+        """What the anchor remembers, if it can still be read."""
+        with suppress(RefusalError):
+            if self._anchor is not None and (anchored := self._anchor.read()) is not None:
+                yield anchored.hash
+
+    def _renew_anchor(self) -> None:
+        """Make the first anchor, or follow lines that a crash or a disk left unanchored."""
+        if self._anchor is not None and self._anchor.read() != self._books.head:
+            self._anchor.prepare(self._books.head)
+            self._anchor.publish()
 
 
-def total(entries: Sequence[Entry], delta: float, job: str | None = None) -> PrivacySpent:
-    """What ledger lines cost one unit at `delta`."""
-    counted = [entry for entry in entries if job is None or entry.job == job]
-    if any(entry.noise != "os" for entry in counted):
-        return PrivacySpent(epsilon=math.inf, delta=delta, by_accountant={})
-    return spent([entry.mechanism for entry in counted], delta)
+def _damage(path: Path, what: str) -> RefusalError:
+    return RefusalError(
+        RefusalCode.LEDGER,
+        f"ledger {path}: {what}",
+        "every line as this site wrote it",
+        "veil site ledger verify lists all that is wrong; restore the newest copy, or, without one, move the file"
+        " away and count what is lost with veil site ledger write-off",
+    )
+
+
+def _costing(epsilon: float, delta: float, unit: PrivacyUnit) -> Mechanism:
+    """Full-batch Gaussian releases that cost at least (ε, δ): one, or several where σ would be below its range."""
+    if not (math.isfinite(epsilon) and epsilon > 0 and 0 < delta < 1):
+        raise InputError(f"epsilon = {epsilon}, delta = {delta}", "both above 0, delta below 1", "give the limit's")
+    sigma = gaussian_sigma(PrivacyBudget(target_epsilon=epsilon, target_delta=delta))
+    steps = max(1, math.ceil((MIN_NOISE_MULTIPLIER / sigma) ** 2))
+    try:
+        return Mechanism(noise_multiplier=sigma * math.sqrt(steps), max_grad_norm=1.0, steps=steps, unit=unit)
+    except ValueError as error:
+        raise InputError(f"epsilon = {epsilon} ({error})", "a cost that noise can have", "give the limit's") from None
+
+
+def entries_of(path: Path, site: str) -> tuple[Entry, ...]:
+    """A site's mechanisms as a file states them, unchecked (`verification.py` checks); reads while an agent writes.
+
+    Raises:
+        RefusalError: when the file cannot be read, or holds what is no line.
+    """
+    books = Books(heads=[genesis(site).hash])
+    with closing(LineFile(path, reading=True)) as file:
+        try:
+            for line in file.lines(site):
+                books.add(line)
+        except (LookupError, TypeError, ValueError) as error:
+            raise _damage(path, f"a line that says nothing this version knows ({error})") from error
+    return tuple(books.entries)

@@ -6,6 +6,8 @@ Promises that a limit is a positive, finite number: there is no word for "unlimi
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from veil.common.plan import Section
@@ -13,13 +15,24 @@ from veil.common.privacy import PrivacyUnit
 
 
 class Limits(Section):
-    """The most that anything outside may cost one unit of this site."""
+    """The most that anything outside may cost one unit of this site, and what else needs the owner's word."""
 
     epsilon_per_run: float = Field(gt=0, description="ε of one run")
     epsilon_lifetime: float = Field(gt=0, description="ε of everything, over all runs")
     delta: float = Field(default=1e-5, gt=0, lt=1, description="the δ of the site's ledger")
-    unit: PrivacyUnit = Field(default=PrivacyUnit.RECORD, description="whom the promise protects at least")
+    unit: PrivacyUnit = Field(
+        default=PrivacyUnit.RECORD,
+        description="whom the promise protects: record or patient; patient where data.patient is named",
+    )
     max_records_per_patient: int = Field(default=8, ge=1, description="patient unit: records that take part")
+    release_counts: bool = Field(default=False, description="the number of units may be told to coordinators")
+    approval: Literal["ask", "auto-within-limits"] = Field(
+        default="ask", description="ask: each run waits for the operator; auto-within-limits: the limits decide"
+    )
+    licences: tuple[str, ...] = Field(
+        default=(), description="SPDX names of the licences that weights may have; empty: any"
+    )
+    accept_backbone: bool = Field(default=True, description="pinned weights may be received from the coordinator")
 
 
 class SitePolicy(Section):

@@ -17,11 +17,8 @@ from veil.common.exchange import RoundRequest
 from veil.common.head import CENTRE, WEIGHT
 from veil.common.noise import NoiseSource, clip_bound, privatize, spacing
 from veil.common.privacy import Mechanism
-from veil.common.schedule import COUNT_WEIGHT, DELTA_SPACING, Release, ReleaseKind
+from veil.common.schedule import COUNT_WEIGHT, DEFAULT_LOCAL_RATE, DELTA_SPACING, Release, ReleaseKind
 from veil.common.update import Update
-
-DEFAULT_LOCAL_RATE = 4.0
-"""dp-fedavg's rate where the plan names none (facts: 20 rounds, one epoch, centred features)."""
 
 
 def draw(request: RoundRequest, release: Release, units: Units, noise: NoiseSource) -> Update:

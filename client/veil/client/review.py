@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from veil.client.ledger import Entry, total
+from veil.client.ledger import Entry, Ledger, total
 from veil.client.policy import Limits
 from veil.common.errors import RefusalCode, RefusalError
 from veil.common.exchange import RoundRequest
 from veil.common.head import CENTRE, WEIGHT
-from veil.common.plan import Privacy
+from veil.common.plan import Privacy, RunPlan
 from veil.common.schedule import Release, schedule
 
 
@@ -42,7 +42,7 @@ def review_request(request: RoundRequest, limits: Limits) -> None:
     Raises:
         RefusalError: naming the request's value and what the site expects.
     """
-    _review_privacy(request.plan.privacy, limits)
+    review_plan(request.plan, limits)
     if not (math.isfinite(request.nominal_units) and request.nominal_units >= 1):
         raise RefusalError(
             RefusalCode.MALFORMED,
@@ -59,6 +59,37 @@ def review_request(request: RoundRequest, limits: Limits) -> None:
             f"an adapter of {shapes}",
             f"{wanted}",
             "the coordinator must send the plan's adapter",
+        )
+
+
+def review_plan(plan: RunPlan, limits: Limits) -> None:
+    """Refuse a plan that protects otherwise than the site demands, or brings weights under another licence.
+
+    Raises:
+        RefusalError: naming the plan's value and what the site expects.
+    """
+    _review_privacy(plan.privacy, limits)
+    if plan.backbone is not None and limits.licences and plan.backbone.licence not in limits.licences:
+        raise RefusalError(
+            RefusalCode.POLICY,
+            f'backbone.licence = "{plan.backbone.licence}"',
+            f"one of limits.licences = {', '.join(limits.licences)}",
+            "the coordinator can name the licence or choose other weights",
+        )
+
+
+def review_history(request: RoundRequest, ledger: Ledger) -> None:
+    """Refuse when the coordinator saw a ledger line that this ledger does not hold: it is an old copy.
+
+    Raises:
+        RefusalError: with the code `ledger`.
+    """
+    if request.witness and not ledger.knows(request.witness):
+        raise RefusalError(
+            RefusalCode.LEDGER,
+            f"the coordinator saw ledger line {request.witness}, which is not in this ledger",
+            "a ledger with every line this site ever answered from",
+            "restore the newest copy; veil site ledger verify and PRIVACY.md say how to go on without one",
         )
 
 
@@ -87,26 +118,34 @@ def _review_privacy(privacy: Privacy, limits: Limits) -> None:
         )
 
 
+def remaining(request: RoundRequest, release: Release) -> tuple[Release, ...]:
+    """This release and all that the plan has after it."""
+    return tuple(one for one in schedule(request.plan) if one.round >= release.round)
+
+
 def affordable(
-    request: RoundRequest, release: Release, limits: Limits, *, noise: str
+    plan: RunPlan, job: str, releases: Sequence[Release], limits: Limits, *, noise: str
 ) -> Callable[[Sequence[Entry]], None]:
     """The check for the ledger's transaction: everything so far plus all that is left of this plan.
+
+    Args:
+        plan: the run's plan.
+        job: the run.
+        releases: what is left of it.
+        limits: the site's.
+        noise: name of the noise source.
 
     Returns:
         a function of the ledger's lines that raises `RefusalError` when the job's plan is another one than before,
         when lines protect another unit, or when a limit would be passed.
     """
-    plan = request.plan.sha256
-    remaining = [
-        Entry(job=request.job, round=r.round, mechanism=r.mechanism, noise=noise, plan=plan)
-        for r in schedule(request.plan)
-        if r.round >= release.round
-    ]
+    digest = plan.sha256
+    left = [Entry(job=job, round=r.round, mechanism=r.mechanism, noise=noise, plan=digest) for r in releases]
 
     def check(entries: Sequence[Entry]) -> None:
-        _check_history(entries, request.job, plan, limits)
-        projected = [*entries, *remaining]
-        _check_limit(projected, "epsilon_per_run", limits.epsilon_per_run, limits.delta, request.job)
+        _check_history(entries, job, digest, limits)
+        projected = [*entries, *left]
+        _check_limit(projected, "epsilon_per_run", limits.epsilon_per_run, limits.delta, job)
         _check_limit(projected, "epsilon_lifetime", limits.epsilon_lifetime, limits.delta, None)
 
     return check

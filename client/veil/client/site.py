@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A site: its name, policy, ledger, noise and records, and how it answers one round.
+"""A site: its name, policy, operator, ledger, noise and records, and how it answers an offer and a round.
 
-Promises the order review → spend → train → record → answer, and that an error inside becomes a short code, because
-its text may quote a record.
+Promises the order review → consent → spend → train → record → answer, that an answer to an offer is worked out without
+the records, and that an error inside becomes a short code, because its text may quote a record.
 """
 
 from __future__ import annotations
@@ -10,19 +10,55 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
 
 from veil.client.ledger import Ledger
 from veil.client.policy import SitePolicy
 from veil.client.release import draw
-from veil.client.review import affordable, release_of, review_request
+from veil.client.review import affordable, release_of, remaining, review_history, review_plan, review_request
 from veil.client.units import Units
+from veil.common.delivery import Chunk, Manifest, Progress, Standing
 from veil.common.errors import RefusalCode, RefusalError, VeilError
-from veil.common.exchange import RoundReply, RoundRequest
-from veil.common.noise import NoiseSource
-from veil.common.plan import RunPlan
+from veil.common.exchange import Offer, OfferReply, RoundReply, RoundRequest, Willingness
+from veil.common.noise import NoiseSource, OSNoise
+from veil.common.plan import Backbone, RunPlan
+from veil.common.schedule import schedule
 from veil.common.update import Update
 
 _log = logging.getLogger(__name__)
+
+
+class Consent(StrEnum):
+    """What the site's operator says to a run."""
+
+    GIVEN = "given"
+    PENDING = "pending"
+    DENIED = "denied"
+
+
+class Backbones(Protocol):
+    """Pretrained weights at a site: see `backbone_store.BackboneStore`."""
+
+    def has(self, backbone: Backbone) -> bool:
+        """Whether the pinned weights are on this machine."""
+        ...
+
+    def begin(self, manifest: Manifest, backbone: Backbone) -> Progress:
+        """Prepare for a delivery.
+
+        Raises:
+            RefusalError: when it is not wanted or does not fit.
+        """
+        ...
+
+    def write(self, chunk: Chunk) -> Progress:
+        """Take one piece.
+
+        Raises:
+            RefusalError: when it is not the pinned one, or the disk fails.
+        """
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,12 +70,85 @@ class Site:
         ledger: what was done already.
         units: the records as a plan needs them: frozen features, labels, units. Called after the spend.
         noise: where a round's randomness comes from; outside simulations always `OSNoise`.
+        consent: the operator's word on a job with a plan.
+        backbones: the pretrained weights on this machine.
     """
 
     policy: SitePolicy
     ledger: Ledger
     units: Callable[[RunPlan], Units]
     noise: Callable[[RoundRequest], NoiseSource]
+    consent: Callable[[str, RunPlan], Consent]
+    backbones: Backbones
+
+    def consider(self, offer: Offer) -> OfferReply:
+        """Whether this site would take part. Never raises, spends nothing, reads no record."""
+        try:
+            willingness = self._willingness(offer)
+        except RefusalError as refusal:
+            _log.warning("%s declines %s: %s", self.policy.name, offer.job, refusal)
+            return OfferReply(job=offer.job, willingness=Willingness.REFUSED, refusal=refusal.code)
+        except Exception:
+            _log.exception("%s cannot consider %s", self.policy.name, offer.job)
+            return OfferReply(job=offer.job, willingness=Willingness.REFUSED, refusal=RefusalCode.INTERNAL)
+        return OfferReply(job=offer.job, willingness=willingness)
+
+    def _willingness(self, offer: Offer) -> Willingness:
+        plan, limits = offer.plan, self.policy.limits
+        review_plan(plan, limits)
+        entries = self.ledger.entries()
+        done = {entry.round for entry in entries if entry.job == offer.job}
+        left = [release for release in schedule(plan) if release.round not in done]
+        affordable(plan, offer.job, left, limits, noise=OSNoise.name)(entries)
+        consent = self._consent(offer.job, plan)
+        if consent is Consent.PENDING:
+            return Willingness.PENDING
+        if plan.backbone is not None and not self.backbones.has(plan.backbone):
+            return Willingness.LACKS_BACKBONE
+        return Willingness.READY
+
+    def _consent(self, job: str, plan: RunPlan) -> Consent:
+        """The operator's word; a denial is a refusal.
+
+        Raises:
+            RefusalError: when it is no.
+        """
+        consent = self.consent(job, plan)
+        if consent is Consent.DENIED:
+            raise RefusalError(
+                RefusalCode.APPROVAL,
+                f"run {job}",
+                "a run that this site's operator did not refuse",
+                "veil site approve takes the refusal back",
+            )
+        return consent
+
+    def receive(self, piece: Chunk | tuple[Offer, Manifest]) -> Progress:
+        """Take a piece of a backbone, or the list of its files, for a run that this site would take part in.
+
+        Never raises.
+        """
+        digest = piece.manifest if isinstance(piece, Chunk) else piece[1].digest
+        try:
+            return self.backbones.write(piece) if isinstance(piece, Chunk) else self._begin(*piece)
+        except RefusalError as refusal:
+            _log.warning("%s refuses a backbone: %s", self.policy.name, refusal)
+            return Progress(manifest=digest, standing=Standing.REFUSED, refusal=refusal.code)
+        except Exception:
+            _log.exception("%s cannot take a backbone", self.policy.name)
+            return Progress(manifest=digest, standing=Standing.REFUSED, refusal=RefusalCode.INTERNAL)
+
+    def _begin(self, offer: Offer, manifest: Manifest) -> Progress:
+        """Not a byte is taken for a run that was not reviewed and approved."""
+        willingness = self._willingness(offer)
+        if offer.plan.backbone is None or willingness is Willingness.PENDING:
+            raise RefusalError(
+                RefusalCode.APPROVAL,
+                f"a backbone for run {offer.job}",
+                "a run with a backbone, approved before it is sent",
+                "veil site approve shows the plan and asks",
+            )
+        return self.backbones.begin(manifest, offer.plan.backbone)
 
     def answer(self, request: RoundRequest) -> RoundReply:
         """One round: an update, or the code of a refusal. Never raises."""
@@ -58,21 +167,39 @@ class Site:
     def _release(self, request: RoundRequest) -> Update:
         review_request(request, self.policy.limits)
         release = release_of(request)
+        if self._consent(request.job, request.plan) is Consent.PENDING:
+            raise RefusalError(
+                RefusalCode.APPROVAL,
+                f"run {request.job}, not approved",
+                "the operator's approval before any round",
+                "veil site approve shows the plan and asks",
+            )
+        review_history(request, self.ledger)
         noise = self.noise(request)
         claim = self.ledger.spend(
             request.job,
             release,
             noise=noise.name,
             plan=request.plan.sha256,
-            review=affordable(request, release, self.policy.limits, noise=noise.name),
+            review=affordable(
+                request.plan, request.job, remaining(request, release), self.policy.limits, noise=noise.name
+            ),
         )
         if claim.reply is not None:
             return Update.from_bytes(claim.reply)
         update = draw(request, release, self.units(request.plan), noise)
-        self.ledger.record_reply(claim, update.to_bytes())
-        return update
+        return Update.from_bytes(self.ledger.record_reply(claim, update.to_bytes()))
 
     def _reply(
         self, request: RoundRequest, *, update: Update | None = None, refusal: RefusalCode | None = None
     ) -> RoundReply:
-        return RoundReply(site=self.policy.name, job=request.job, round=request.round, update=update, refusal=refusal)
+        told = update is not None and self.policy.limits.release_counts
+        return RoundReply(
+            site=self.policy.name,
+            job=request.job,
+            round=request.round,
+            update=update,
+            refusal=refusal,
+            head="" if update is None else self.ledger.head(),
+            units=self.units(request.plan).count if told else None,
+        )

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The books: what a ledger's lines mean, as mechanisms done and releases answered.
+
+Promises that a line it does not understand is an error, and that one line without private noise makes the cost
+infinite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from veil.client.chain import Head, Line
+from veil.common.privacy import Mechanism, PrivacySpent, spent
+from veil.common.schedule import Release
+
+WRITE_OFF = "write-off"
+"""The job of lines that stand for what a lost ledger may have held."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One mechanism of the ledger.
+
+    Attributes:
+        job: the run.
+        round: its round.
+        mechanism: what was done.
+        noise: the name of the noise source; only `os` is private.
+        plan: SHA-256 of the plan.
+    """
+
+    job: str
+    round: int
+    mechanism: Mechanism
+    noise: str
+    plan: str
+
+
+@dataclass(kw_only=True, slots=True)
+class Books:
+    """What a site's lines say, as far as they are read.
+
+    Attributes:
+        heads: hash of each line, by number; the genesis first.
+        entries: the mechanisms, oldest first.
+        attempts: numbers of a release's spends, by (job, round, kind).
+        replies: SHA-256 of the reply, by its spend's number.
+        covered: hashes of lost lines that a write-off stands for.
+    """
+
+    heads: list[str]
+    entries: list[Entry] = field(default_factory=list)
+    attempts: dict[tuple[str, int, str], list[int]] = field(default_factory=dict)
+    replies: dict[int, str] = field(default_factory=dict)
+    covered: set[str] = field(default_factory=set)
+
+    @property
+    def head(self) -> Head:
+        """The last line's place."""
+        return Head(seq=len(self.heads) - 1, hash=self.heads[-1])
+
+    def add(self, line: Line) -> None:
+        """Enter the next line.
+
+        Raises:
+            LookupError, ValueError: for a line that this version does not understand.
+        """
+        fields = line.fields
+        match fields["kind"]:
+            case "spend":
+                key = (fields["job"], fields["round"], fields["release"])
+                self.attempts.setdefault(key, []).append(line.seq)
+                self.entries.append(_entry(fields))
+            case "reply":
+                self.replies[fields["spend"]] = fields["sha256"]
+            case "write-off":
+                self.covered.update(fields["covers"])
+                self.entries.append(_entry({**fields, "job": WRITE_OFF, "round": 0, "noise": "os", "plan": ""}))
+            case other:
+                raise ValueError(f"a line of kind {other}; expected spend, reply or write-off")
+        self.heads.append(line.hash)
+
+    def answered(self, job: str, release: Release) -> int | None:
+        """The release's spend that has a reply."""
+        attempts = self.attempts.get((job, release.round, release.kind.value), [])
+        return self._answered(attempts)
+
+    def answered_already(self, spend: int) -> int | None:
+        """The spend of the same release as this one, or this one, that has a reply."""
+        return next((self._answered(attempts) for attempts in self.attempts.values() if spend in attempts), None)
+
+    def _answered(self, attempts: Sequence[int]) -> int | None:
+        return next((seq for seq in attempts if seq in self.replies), None)
+
+
+def _entry(fields: Mapping[str, Any]) -> Entry:
+    return Entry(
+        job=fields["job"],
+        round=fields["round"],
+        mechanism=Mechanism.from_record(fields["mechanism"]),
+        noise=fields["noise"],
+        plan=fields["plan"],
+    )
+
+
+def total(entries: Sequence[Entry], delta: float, job: str | None = None) -> PrivacySpent:
+    """What ledger lines cost one unit at `delta`."""
+    counted = [entry for entry in entries if job is None or entry.job == job]
+    if any(entry.noise != "os" for entry in counted):
+        return PrivacySpent(epsilon=math.inf, delta=delta, by_accountant={})
+    return spent([entry.mechanism for entry in counted], delta)

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A deployed site's records, from the table its site.toml names to the units that a plan trains on.
+
+Promises that a plan whose task or labels do not fit the site's columns is refused before anything is computed, and
+that a persistent agent reads the table once per plan and loads a backbone once.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from veil.client.examples import Examples, named_columns, read_examples, read_table
+from veil.client.features import Encoder, cached_features
+from veil.client.site_file import Data, SiteFile
+from veil.client.template import MISSING_WORDS, canonical
+from veil.client.units import Units, bounded_units
+from veil.common.durable import sync_folder, write_new
+from veil.common.errors import InputError, RefusalCode, RefusalError
+from veil.common.plan import Backbone, RunPlan, Task
+
+_KEY_BYTES = 32
+_PLANS_KEPT = 4
+_CELLS_SHOWN = 3
+
+
+FindBackbone = Callable[[Backbone, Task], Encoder]
+"""Loads the pinned weights for a task, or raises `WeightsError`; see `BackboneStore.find_backbone`."""
+
+
+class SiteRecords:
+    """The records as plans need them; calling it with a plan gives its units. Kept in memory for the last few plans.
+
+    Args:
+        site: the operator's file.
+        find_backbone: loads the pinned weights.
+    """
+
+    def __init__(self, site: SiteFile, find_backbone: FindBackbone) -> None:
+        self._site, self._find_backbone = site, find_backbone
+        self._loaded: tuple[tuple[object, ...], Encoder] | None = None
+        self._lock = threading.Lock()
+        self._prepared = lru_cache(maxsize=_PLANS_KEPT)(self._prepare)
+
+    def __call__(self, plan: RunPlan) -> Units:
+        """The units of a plan.
+
+        Raises:
+            TableError: when the table cannot be read, or its columns or labels are not the plan's.
+            WeightsError: when the backbone is not to be had.
+        """
+        with self._lock:
+            return self._prepared(plan.public().to_json())
+
+    def _prepare(self, plan_json: str) -> Units:
+        plan = RunPlan.from_json(plan_json)
+        check_columns(self._site.data, plan.task)
+        examples = read_examples(self._site.source, self._site.data, plan.task, unit=plan.privacy.unit)
+        return bounded_units(
+            np.asarray(self._features(plan, examples)),
+            examples.labels,
+            examples.units,
+            max_records=plan.privacy.max_records_per_patient,
+            key=_secret_key(self._site.agent.state / "units.key"),
+        )
+
+    def _features(self, plan: RunPlan, examples: Examples) -> NDArray[np.floating]:
+        if plan.backbone is None or isinstance(examples.inputs, np.ndarray):
+            return np.asarray(examples.inputs, dtype=np.float64)
+        encoder = self._encoder(plan.backbone, plan.task)
+        return cached_features(encoder, examples.inputs, self._site.agent.state / "cache")
+
+    def _encoder(self, backbone: Backbone, task: Task) -> Encoder:
+        """The last one stays in memory; it also depends on how the task reads a record."""
+        wanted = (backbone.sha256, backbone.files_sha256, task.kind, task.max_length, task.image_size)
+        if self._loaded is None or self._loaded[0] != wanted:
+            self._loaded = None
+            self._loaded = wanted, self._find_backbone(backbone, task)
+        return self._loaded[1]
+
+
+def check_columns(data: Data, task: Task) -> None:
+    """Refuse a task that the site's columns cannot serve; looks at site.toml only, never at a record.
+
+    Raises:
+        RefusalError: with the code `data`.
+    """
+    if task.kind != f"{data.modality}-classification":
+        raise RefusalError(
+            RefusalCode.DATA,
+            f'task.kind = "{task.kind}" for {data.modality} columns',
+            f"{data.modality}-classification",
+            "name the columns that such a plan needs in [data], or refuse the run",
+        )
+    if data.features is not None and task.width not in (None, len(data.features)):
+        raise RefusalError(
+            RefusalCode.DATA,
+            f"{len(data.features)} data.features for task.width = {task.width}",
+            "as many numeric columns as every site of the run has",
+            "name the columns that the plan means in [data], or refuse the run",
+        )
+    if foreign := sorted(set(data.labels.values()) - set(task.labels)):
+        raise RefusalError(
+            RefusalCode.DATA,
+            f"[data.labels] names {', '.join(foreign)}",
+            f"of the plan's labels {', '.join(task.labels)}",
+            "correct [data.labels], or refuse the run",
+        )
+
+
+def _secret_key(path: Path) -> bytes:
+    """The key that chooses which records of a patient take part; made once, durable before it is used."""
+    with suppress(FileNotFoundError):
+        return _checked(path, path.read_bytes())
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    write_new(partial, secrets.token_bytes(_KEY_BYTES))
+    with suppress(FileExistsError):  # another process was first: its key is the key
+        path.hardlink_to(partial)
+    partial.unlink()
+    sync_folder(path.parent)
+    return _checked(path, path.read_bytes())
+
+
+def _checked(path: Path, key: bytes) -> bytes:
+    if len(key) != _KEY_BYTES:
+        raise InputError(f"{path} holds {len(key)} bytes", f"{_KEY_BYTES} secret bytes", "restore it from backup")
+    return key
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Overview:
+    """What the operator sees of the table before any run; it stays on the screen.
+
+    Attributes:
+        records: number of records.
+        units: number of units, as limits.unit counts them.
+        labels: records of each class, in the plan's words where the site maps them.
+        missing: cells without a value, by column.
+        first: the first cells as text, by column.
+    """
+
+    records: int
+    units: int
+    labels: Mapping[str, int]
+    missing: Mapping[str, int]
+    first: Mapping[str, tuple[str, ...]]
+
+
+def look(site: SiteFile) -> Overview:
+    """Read the table as a run would, with the classes that the site itself names.
+
+    Raises:
+        TableError: for whatever a run would stumble over.
+    """
+    data = site.data
+    frame = read_table(site.source, named_columns(data))
+    classes = tuple(dict.fromkeys(data.labels.values())) or _distinct(frame[data.label])
+    task = Task.model_construct(kind=f"{data.modality}-classification", labels=classes, bounds={})
+    examples = read_examples(site.source, data, task, unit=site.limits.unit)
+    counts = Counter(examples.labels.tolist())
+    return Overview(
+        records=len(examples),
+        units=len(np.unique(examples.units)),
+        labels={label: counts[index] for index, label in enumerate(classes)},
+        missing={str(name): _missing(frame[name], data) for name in frame.columns},
+        first={str(name): tuple(map(str, frame[name].head(_CELLS_SHOWN))) for name in frame.columns},
+    )
+
+
+def _distinct(cells: pd.Series) -> tuple[str, ...]:
+    return tuple(sorted({canonical(cell) for cell in cells.tolist()} - MISSING_WORDS))
+
+
+def _missing(cells: pd.Series, data: Data) -> int:
+    """Cells that say nothing; a declared label such as "NA" says something."""
+    column = str(cells.name)
+    words = MISSING_WORDS | {canonical(value) for value in data.missing_values.get(column, ())}
+    if column == data.label:
+        words -= {canonical(raw) for raw in data.labels}
+    return sum(canonical(cell) in words for cell in cells.tolist())

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A private step that is thrown away, to see on this very machine that noise is added and that clipping holds.
+
+Promises that what is drawn here goes nowhere.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import chi2
+
+from veil.client.gradient import clipped_head_sum, clipped_mean_sum
+from veil.client.release import centre_update, gradient_update
+from veil.client.units import Units
+from veil.common.errors import RunError
+from veil.common.head import CENTRE, WEIGHT
+from veil.common.noise import OSNoise, clip_bound, spacing
+from veil.common.privacy import Mechanism
+from veil.common.schedule import COUNT_WEIGHT
+
+_CLASSES, _WIDTH, _COUNT = 2, 384, 64
+_FALSE_ALARM = 1e-9
+_ENOUGH = 500
+"""Numbers by which noise of half its size is told from noise of its size."""
+
+_BOUND = 0.1
+_RECORDS = 4
+
+_MECHANISM = Mechanism(noise_multiplier=2.0, max_grad_norm=1.0)
+
+
+def examine_step(units: Units | None = None) -> Sequence[str]:
+    """Draw, look and forget.
+
+    Args:
+        units: the records to draw on; made-up ones when None.
+
+    Returns:
+        what was seen, for the operator.
+
+    Raises:
+        RunError: when the noise is not what it should be, or one unit counts for more than the bound.
+    """
+    units = units or _made_up()
+    width = units.features.shape[1]
+    classes = max(_CLASSES, int(units.labels.max(initial=0)) + 1)
+    weight, centre = np.zeros((classes, width + 1)), np.zeros(width)
+
+    def gradient() -> NDArray[np.int64]:
+        return gradient_update(weight, units.batch(centre), _MECHANISM, OSNoise()).points[WEIGHT]
+
+    def mean() -> NDArray[np.int64]:
+        return centre_update(units, _MECHANISM, OSNoise()).points[CENTRE]
+
+    began = time.monotonic()
+    gradient()
+    took = time.monotonic() - began
+    for draw in (gradient, mean):
+        _check_noise(draw)
+    _check_clipping(width)
+    return [
+        f"one step on {units.count} units took {took:.3f} s",
+        "draws differ by noise of the promised size; one unit's part stays within the bound",
+    ]
+
+
+def _check_noise(draw: Callable[[], NDArray[np.int64]]) -> None:
+    """Two draws on the same records differ by a Gaussian of √2 σC: a χ² test that errs once in 10⁹."""
+    differences = [draw() - draw()]
+    while sum(one.size for one in differences) < _ENOUGH:
+        differences.append(draw() - draw())
+    scale = math.sqrt(2.0) * _MECHANISM.noise_multiplier * _MECHANISM.max_grad_norm
+    found = np.concatenate([one.ravel() for one in differences]) * spacing(_MECHANISM.max_grad_norm) / scale
+    statistic = float(np.sum(found**2))
+    low, high = chi2.ppf([_FALSE_ALARM / 2, 1 - _FALSE_ALARM / 2], found.size)
+    if not low <= statistic <= high:
+        size = math.sqrt(statistic / found.size)
+        raise RunError(f"noise of {size:.3f} times its size", "noise of its size", "do not start; report this defect")
+
+
+def _check_clipping(width: int) -> None:
+    """One more unit must not move a sum by more than the bound: alone, or pulling against one that was there."""
+    row = np.full(width, 1e6)
+    weight = np.zeros((_CLASSES, width + 1))
+    weight[0, -1] = 2.0  # class 0 is likely: a unit of it pulls weakly, one of class 1 strongly the other way
+    weak, strong = [0], [1] * _RECORDS
+
+    def gradient(*units: list[int]) -> NDArray[np.float64]:
+        return clipped_head_sum(weight, _labelled(row, units).batch(np.zeros(width)), clip_bound(_BOUND, weight.size))
+
+    _check_part("gradient", gradient(strong) - gradient())
+    _check_part("gradient", gradient(weak, strong) - gradient(weak))
+    rows = np.outer([0.5, -1.0], row / np.linalg.norm(row))
+    for constant in (0.0, COUNT_WEIGHT):
+        first, second, both = (
+            clipped_mean_sum(some, constant, clip_bound(_BOUND, width + 1)) for some in (rows[:1], rows[1:], rows)
+        )
+        _check_part("mean", second)
+        _check_part("mean", both - first)
+
+
+def _check_part(name: str, part: NDArray[np.float64]) -> None:
+    norm = float(np.linalg.norm(part))
+    if norm > _BOUND:
+        raise RunError(f"one unit's {name} of {norm:g}", f"at most {_BOUND:g}", "do not start; report this defect")
+
+
+def _labelled(row: NDArray[np.float64], units: Sequence[Sequence[int]]) -> Units:
+    """Units whose records are all the same but for their labels."""
+    labels = [label for unit in units for label in unit]
+    return Units(
+        features=np.tile(row, (len(labels), 1)),
+        labels=np.array(labels, dtype=np.int64),
+        unit=np.repeat(np.arange(len(units)), [len(unit) for unit in units]),
+        count=len(units),
+    )
+
+
+def _made_up() -> Units:
+    random = np.random.default_rng()
+    return Units(
+        features=random.normal(size=(_COUNT, _WIDTH)),
+        labels=random.integers(0, _CLASSES, size=_COUNT),
+        unit=np.arange(_COUNT),
+        count=_COUNT,
+    )

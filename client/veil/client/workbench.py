@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent's side of its executor: starts it, asks it, and ends it when it hangs.
+
+Promises that a question takes bounded time, and that after a lost or hung executor the next question finds a new one.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from veil.client.executor import PING
+from veil.common.supervision import Child
+
+EXECUTOR = "veil.client.deployed"
+"""The module that an agent's executor runs."""
+
+_START_S = 120.0
+_PING_S = 10.0
+_RESTART_S = 2.0
+
+_log = logging.getLogger(__name__)
+
+
+class ExecutorLostError(Exception):
+    """The executor ended or hung before it answered."""
+
+
+class Workbench:
+    """An executor process that is there when needed.
+
+    Args:
+        site_file: what the executor opens.
+        limit_s: longest time one answer may take.
+        module: what it runs; only rehearsals name another than the site's own.
+    """
+
+    def __init__(self, site_file: Path, limit_s: float, module: str = EXECUTOR) -> None:
+        self._site_file, self._limit_s, self._module = site_file, limit_s, module
+        self._lock = threading.Lock()
+        self._child: Child | None = None
+        self._pipe: Connection | None = None
+        self._started_at = 0.0
+        self.busy_since: float | None = None
+
+    def ask(self, frame: bytes) -> bytes:
+        """One frame's answer.
+
+        Raises:
+            ExecutorLostError: when there is none within the limit; the executor was ended then.
+        """
+        with self._lock:
+            self.busy_since = time.monotonic()
+            try:
+                return self._exchange(frame, self._limit_s)
+            finally:
+                self.busy_since = None
+
+    def works(self) -> bool:
+        """Whether the executor answers, or is at work within its limit."""
+        if not self._lock.acquire(blocking=False):
+            since = self.busy_since
+            return since is not None and time.monotonic() - since < self._limit_s and self._alive()
+        try:
+            return self._exchange(PING, _PING_S) == PING
+        except ExecutorLostError:
+            return False
+        finally:
+            self._lock.release()
+
+    def close(self) -> None:
+        """End the executor."""
+        with self._lock:
+            self._end()
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the executor, None while there is none."""
+        return self._child.pid if self._child else None
+
+    def _alive(self) -> bool:
+        return self._child is not None and self._child.exit_code is None
+
+    def _exchange(self, frame: bytes, limit_s: float) -> bytes:
+        try:
+            child, pipe = self._open()
+            with _ended_after(limit_s, child):
+                pipe.send_bytes(frame)
+                return pipe.recv_bytes()
+        except (ExecutorLostError, EOFError, OSError) as error:
+            _log.error("the executor was lost: %s", error or type(error).__name__)
+            self._end()
+            raise ExecutorLostError(str(error)) from None
+
+    def _open(self) -> tuple[Child, Connection]:
+        """A running executor and its pipe; a lost one is replaced, but not more often than every few seconds."""
+        if self._child is not None and self._pipe is not None and self._alive():
+            return self._child, self._pipe
+        self._end()
+        time.sleep(max(0.0, self._started_at + _RESTART_S - time.monotonic()))
+        ours, theirs = socket.socketpair()
+        with theirs:
+            arguments = [str(theirs.fileno()), str(self._site_file)]
+            self._child = Child(self._module, arguments, keep=[theirs.fileno()])
+        self._started_at = time.monotonic()
+        self._pipe = Connection(ours.detach())
+        with _ended_after(_START_S, self._child):
+            self._pipe.send_bytes(PING)
+            self._pipe.recv_bytes()
+        return self._child, self._pipe
+
+    def _end(self) -> None:
+        if self._pipe is not None:
+            self._pipe.close()
+        if self._child is not None:
+            self._child.kill()
+        self._pipe = self._child = None
+
+
+@contextmanager
+def _ended_after(limit_s: float, child: Child) -> Iterator[None]:
+    """End an executor when what is inside takes longer: also a frame that is read or written halfway and no further.
+
+    Raises:
+        ExecutorLostError: when it was ended.
+    """
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        child.kill()
+
+    timer = threading.Timer(limit_s, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (EOFError, OSError):
+        if late.is_set():
+            raise ExecutorLostError(f"no answer within {limit_s:g} s") from None
+        raise
+    finally:
+        timer.cancel()
