@@ -19,7 +19,10 @@ from veil.common.schedule import CENTRE_NORM, COUNT_WEIGHT, ReleaseKind, schedul
 from veil.common.update import Adapter, Update
 from veil.common.wire import WireError, encode_reply
 from veil.server.descent import Descent, learning_rate, shrink
-from veil.server.strategy import SumOfUpdates, validate
+from veil.server.run_report import build_run_report
+from veil.server.state import RunState
+from veil.server.strategy import SumOfUpdates
+from veil.server.validation import validate
 
 WIDTH = 3
 
@@ -125,17 +128,19 @@ def test_the_rate_is_capped(bound: float, cap: float) -> None:
         reply(Update(points={WEIGHT: np.zeros((2, 5), np.int64)}, spacing=spacing(0.5))),
         reply(Update(points={**gradient_update(1.0).points, "extra": np.zeros(1, np.int64)}, spacing=spacing(0.5))),
         reply(gradient_update(1.0, bound=0.25)),
+        reply(gradient_update(1e6)),
+        reply(Update(points={WEIGHT: np.full((2, 4), -(2**63), np.int64)}, spacing=spacing(0.5))),
     ],
 )
 def test_a_reply_that_is_not_the_one_asked_for(wrong: RoundReply) -> None:
     state = descent(plan())
     with pytest.raises(WireError):
-        validate(wrong, "j", schedule(state.plan)[1], state)
+        validate(wrong, "j", schedule(state.plan)[1], state, units=None)
 
 
 def test_the_right_reply_passes() -> None:
     state = descent(plan())
-    assert validate(reply(gradient_update(1.0)), "j", schedule(state.plan)[1], state) is not None
+    assert validate(reply(gradient_update(1.0)), "j", schedule(state.plan)[1], state, units=None) is not None
 
 
 class FakeMessage:
@@ -151,7 +156,7 @@ class FakeMessage:
 
 def strategy(min_sites: int) -> SumOfUpdates:
     chosen = plan(cohort={"min_sites": min_sites, "nominal_units": 10}, training={"centre": False})
-    return SumOfUpdates(plan=chosen, job="j", descent=descent(chosen), sites=2, watch=lambda record, state: None)
+    return SumOfUpdates(plan=chosen, job="j", state=RunState(descent=descent(chosen)), watch=lambda state: None)
 
 
 def messages(*answers: RoundReply | None) -> Any:
@@ -162,8 +167,8 @@ def test_refusals_and_errors_are_recorded_and_the_rest_is_used() -> None:
     one = strategy(min_sites=1)
     refusal = RoundReply(site="b", job="j", round=1, refusal=RefusalCode.BUDGET)
     one.aggregate_train(1, messages(reply(gradient_update(1.0), site="a"), refusal, None))
-    assert one.records[0].sites == ("a",)
-    assert one.records[0].refusals == {"b": "budget", "node 7": "internal"}
+    assert one.state.records[0].sites == ("a",)
+    assert one.state.records[0].refusals == {"b": "budget", "node 7": "internal"}
 
 
 def test_a_second_reply_of_one_site_is_not_counted() -> None:
@@ -171,8 +176,49 @@ def test_a_second_reply_of_one_site_is_not_counted() -> None:
     one.aggregate_train(1, messages(reply(gradient_update(1.0)), reply(gradient_update(1.0))))
     two = strategy(min_sites=1)
     two.aggregate_train(1, messages(reply(gradient_update(1.0))))
-    assert np.array_equal(one.descent.weight, two.descent.weight)
-    assert one.records[0].refusals == {"node 7": "replay"}
+    assert np.array_equal(one.state.descent.weight, two.state.descent.weight)
+    assert one.state.records[0].refusals == {"node 7": "replay"}
+
+
+def units_of(one: SumOfUpdates) -> dict[str, object]:
+    """Units by site, as the report has them."""
+    return {site["name"]: site["units"] for site in build_run_report(one.plan, one.job, one.state, {})["sites"]}
+
+
+def test_units_that_a_site_declares_stand_in_the_report_and_no_others() -> None:
+    one = strategy(min_sites=1)
+    one.state.cohort = ("a", "b", "c")
+    refusal = RoundReply(site="c", job="j", round=1, refusal=RefusalCode.BUDGET, units=7)
+    declares = reply(gradient_update(1.0), site="a", units=120)
+    one.aggregate_train(1, messages(declares, reply(gradient_update(1.0), site="b"), refusal))
+    assert one.state.declared == {"a": 120}
+    assert units_of(one) == {"a": 120, "b": None, "c": None}
+
+
+def test_units_of_a_reply_that_is_not_taken_are_not_believed() -> None:
+    one = strategy(min_sites=1)
+    one.state.cohort = ("a", "b")
+    twice = reply(gradient_update(1.0), site="a", units=1)
+    too_long = reply(gradient_update(1e6), site="b", units=5)
+    one.aggregate_train(1, messages(reply(gradient_update(1.0), site="a", units=120), twice, too_long))
+    assert units_of(one) == {"a": 120, "b": None}
+
+
+def test_declared_units_are_the_last_that_were_declared_and_move_no_weight() -> None:
+    declaring, silent = strategy(min_sites=1), strategy(min_sites=1)
+    for round_, units in ((1, 120), (2, 130)):
+        declaring.aggregate_train(round_, messages(reply(gradient_update(1.0), round=round_, units=units)))
+        silent.aggregate_train(round_, messages(reply(gradient_update(1.0), round=round_)))
+    assert declaring.state.declared == {"s": 130}
+    assert np.array_equal(declaring.state.descent.weight, silent.state.descent.weight)
+
+
+def test_declared_units_belong_to_the_enrolled_site_whatever_it_calls_itself() -> None:
+    chosen = plan(cohort={"min_sites": 1, "nominal_units": 10}, training={"centre": False})
+    state = RunState(descent=descent(chosen), cohort=("Ulm",))
+    one = SumOfUpdates(plan=chosen, job="j", state=state, watch=lambda state: None, site_of=lambda node: "Ulm")
+    one.aggregate_train(1, messages(reply(gradient_update(1.0), site="Bonn", units=9)))
+    assert (state.declared, state.records[0].sites) == ({"Ulm": 9}, ("Ulm",))
 
 
 def test_too_few_replies_stop_the_run_and_leave_the_model() -> None:
@@ -180,8 +226,8 @@ def test_too_few_replies_stop_the_run_and_leave_the_model() -> None:
     refusal = RoundReply(site="b", job="j", round=1, refusal=RefusalCode.POLICY)
     with pytest.raises(RunError, match="b: policy"):
         one.aggregate_train(1, messages(reply(gradient_update(1.0)), refusal))
-    assert not one.descent.weight.any()
-    assert isinstance(one.descent.adapter, Adapter)
+    assert not one.state.descent.weight.any()
+    assert isinstance(one.state.descent.adapter, Adapter)
 
 
 def test_kinds_are_asked_in_the_plans_order() -> None:

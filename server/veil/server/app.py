@@ -15,8 +15,8 @@ from flwr.serverapp import Grid, ServerApp
 from veil.common.plan import RunPlan
 from veil.common.update import Adapter
 from veil.common.wire import encode_adapter
-from veil.server.descent import Descent
-from veil.server.strategy import RoundRecord, SumOfUpdates
+from veil.server.state import RoundRecord, RunState
+from veil.server.strategy import SumOfUpdates
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,38 +38,37 @@ def server_app(
     plan: RunPlan,
     *,
     job: str,
-    adapter: Adapter,
-    sites: int,
-    watch: Callable[[RoundRecord, Descent], None],
+    state: RunState,
+    watch: Callable[[RunState], None],
     deliver: Callable[[Outcome], None],
+    site_of: Callable[[int], str] | None = None,
 ) -> ServerApp:
     """The one ServerApp of simulation and deployment.
 
     Args:
         plan: what to run.
         job: identity of the run; kept when it is submitted again.
-        adapter: where to start.
-        sites: how many sites take part.
+        state: where to start, or to go on.
         watch: called after each round.
         deliver: called once, at the end.
+        site_of: the enrolled site behind a Flower node; see `SumOfUpdates`.
     """
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        descent = Descent.start(plan, adapter, sites)
-        strategy = SumOfUpdates(plan=plan, job=job, descent=descent, sites=sites, watch=watch)
+        strategy = SumOfUpdates(plan=plan, job=job, state=state, watch=watch, site_of=site_of)
         strategy.start(
             grid=grid,
-            initial_arrays=encode_adapter(adapter),
+            initial_arrays=encode_adapter(state.descent.adapter),
             num_rounds=len(strategy.releases),
             timeout=plan.cohort.round_timeout_s,
         )
         deliver(
             Outcome(
-                adapter=descent.adapter,
-                records=tuple(strategy.records),
-                estimated_units=descent.units,
+                adapter=state.descent.adapter,
+                records=tuple(state.records),
+                estimated_units=state.descent.units,
             )
         )
 

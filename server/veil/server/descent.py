@@ -16,7 +16,8 @@ from veil.common.head import CENTRE, WEIGHT
 from veil.common.plan import RunPlan
 from veil.common.privacy import gaussian_sigma
 from veil.common.schedule import CENTRE_NORM, COUNT_WEIGHT, Release, ReleaseKind
-from veil.common.update import Adapter, Update, sum_points
+from veil.common.update import Adapter, Update
+from veil.server.aggregation import aggregate
 
 WEIGHT_NOISE = 30.0
 """κ of the learning-rate rule: length of the noise that the weights accumulate over the run."""
@@ -76,7 +77,7 @@ class Descent:
 
     def apply(self, release: Release, updates: list[Update]) -> None:
         """Take one round's updates in; their order does not matter."""
-        sums = sum_points(updates)
+        sums = aggregate(updates, self.plan.cohort)
         if release.kind is ReleaseKind.CENTRE:
             self._set_centre(release, sums[CENTRE], len(updates))
         elif release.kind is ReleaseKind.GRADIENT:

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rounds of a run on Flower's FedAvg: who is asked, what is taken in, what is kept of it.
 
-Promises that a reply touches the model only after its job, round, tensor, shape and lattice were checked, that every
-site counts once, and that a round with fewer sites than the plan's minimum stops the run.
+Promises that a reply touches the model only after it was validated, that every site counts once, and that a round with
+fewer sites than the plan's minimum stops the run.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from veil.common.errors import RefusalCode, RunError
-from veil.common.exchange import RoundReply, RoundRequest
+from veil.common.exchange import RoundRequest
 from veil.common.plan import RunPlan
-from veil.common.schedule import Release, ReleaseKind, schedule
+from veil.common.schedule import Release, schedule
 from veil.common.update import Update
 from veil.common.wire import (
     WireError,
@@ -27,30 +27,8 @@ from veil.common.wire import (
     encode_request,
     payload_bytes,
 )
-from veil.server.descent import Descent
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RoundRecord:
-    """What happened in one round, for the report.
-
-    Attributes:
-        round: 0 for the centring round, then 1, 2, …
-        kind: what was released.
-        sites: names of the sites whose updates were used.
-        refusals: site to reason.
-        bytes_down: payload of one request.
-        bytes_up: payload of the largest reply.
-        seconds: from asking to having aggregated.
-    """
-
-    round: int
-    kind: ReleaseKind
-    sites: tuple[str, ...]
-    refusals: dict[str, str]
-    bytes_down: int
-    bytes_up: int
-    seconds: float
+from veil.server.state import RoundRecord, RunState
+from veil.server.validation import counted_units, validate
 
 
 class SumOfUpdates(FedAvg):
@@ -59,9 +37,10 @@ class SumOfUpdates(FedAvg):
     Args:
         plan: the run's plan.
         job: identity of the run.
-        descent: the state, advanced round by round.
-        sites: number of sites to wait for before the first round.
+        state: how far the run is; advanced round by round.
         watch: called after each round with its record and the state.
+        site_of: the enrolled site behind a Flower node; without it, a site's own word for its name is taken, as
+            simulated sites have nobody to pretend to be.
     """
 
     def __init__(
@@ -69,20 +48,15 @@ class SumOfUpdates(FedAvg):
         *,
         plan: RunPlan,
         job: str,
-        descent: Descent,
-        sites: int,
-        watch: Callable[[RoundRecord, Descent], None],
+        state: RunState,
+        watch: Callable[[RunState], None],
+        site_of: Callable[[int], str] | None = None,
     ) -> None:
-        super().__init__(
-            fraction_train=1.0,
-            fraction_evaluate=0.0,
-            min_train_nodes=sites,
-            min_available_nodes=sites,
-        )
-        self.plan, self.job, self.descent = plan, job, descent
-        self.releases = schedule(plan)
-        self.records: list[RoundRecord] = []
-        self._watch = watch
+        sites = state.descent.sites if site_of is None else plan.cohort.min_sites
+        super().__init__(fraction_train=1.0, fraction_evaluate=0.0, min_train_nodes=sites, min_available_nodes=sites)
+        self.plan, self.job, self.state = plan, job, state
+        self.releases = schedule(plan)[len(state.records) :]
+        self._watch, self._site_of = watch, site_of
         self._asked_at = 0.0
         self._bytes_down = 0
 
@@ -92,84 +66,89 @@ class SumOfUpdates(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The round's request, once for each site."""
-        release = self.releases[server_round - 1]
+        """The round's request, for each site with the last ledger line that was seen of it."""
+        release, descent = self.releases[server_round - 1], self.state.descent
         request = RoundRequest(
             plan=self.plan,
             job=self.job,
             round=release.round,
             kind=release.kind,
-            adapter=self.descent.adapter,
-            nominal_units=self.descent.nominal_units,
+            adapter=descent.adapter,
+            nominal_units=descent.nominal_units,
         )
-        content = encode_request(request)
-        self._asked_at, self._bytes_down = time.monotonic(), payload_bytes(content)
+        self._asked_at = time.monotonic()
         messages = list(super().configure_train(server_round, arrays, config, grid))
         for message in messages:
-            message.content = content
+            seen = self.state.heads.get(self._name(message.metadata.dst_node_id), "")
+            message.content = encode_request(replace(request, witness=seen))
+            self._bytes_down = payload_bytes(message.content)
         return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check, sum, descend."""
-        release = self.releases[server_round - 1]
-        accepted: dict[str, Update] = {}
-        refusals: dict[str, str] = {}
-        largest = 0
+        release, state = self.releases[server_round - 1], self.state
+        intake = _Intake()
         for message in replies:
             if message.has_error():
-                refusals[f"node {message.metadata.src_node_id}"] = RefusalCode.INTERNAL.value
+                intake.refusals[self._name(message.metadata.src_node_id)] = RefusalCode.INTERNAL.value
                 continue
-            largest = max(largest, payload_bytes(message.content))
-            self._take(message, release, accepted, refusals)
-        if len(accepted) < self.plan.cohort.min_sites:
-            raise _too_few(release, len(accepted), self.plan.cohort.min_sites, refusals)
-        self.descent.apply(release, [accepted[name] for name in sorted(accepted)])
-        record = RoundRecord(
-            round=release.round,
-            kind=release.kind,
-            sites=tuple(sorted(accepted)),
-            refusals=refusals,
-            bytes_down=self._bytes_down,
-            bytes_up=largest,
-            seconds=time.monotonic() - self._asked_at,
+            intake.bytes_up = max(intake.bytes_up, payload_bytes(message.content))
+            self._take(message, release, intake)
+        if len(intake.accepted) < self.plan.cohort.min_sites:
+            raise _too_few(release, len(intake.accepted), self.plan.cohort.min_sites, intake.refusals)
+        state.descent.apply(release, [intake.accepted[name] for name in sorted(intake.accepted)])
+        state.records.append(
+            RoundRecord(
+                round=release.round,
+                kind=release.kind,
+                sites=tuple(sorted(intake.accepted)),
+                refusals=intake.refusals,
+                bytes_down=self._bytes_down,
+                bytes_up=intake.bytes_up,
+                seconds=time.monotonic() - self._asked_at,
+            )
         )
-        self.records.append(record)
-        self._watch(record, self.descent)
-        return encode_adapter(self.descent.adapter), None
+        self._watch(state)
+        return encode_adapter(state.descent.adapter), None
 
-    def _take(self, message: Message, release: Release, accepted: dict[str, Update], refusals: dict[str, str]) -> None:
+    def _name(self, node_id: int) -> str:
+        return self._site_of(node_id) if self._site_of else f"node {node_id}"
+
+    def _take(self, message: Message, release: Release, intake: _Intake) -> None:
+        node = self._name(message.metadata.src_node_id)
         try:
             reply = decode_reply(message.content)
-            update = validate(reply, self.job, release, self.descent)
+            site = node if self._site_of else reply.site
+            units = self.state.units.get(site)
+            update = validate(reply, self.job, release, self.state.descent, units=units)
         except WireError:
-            refusals[f"node {message.metadata.src_node_id}"] = RefusalCode.MALFORMED.value
+            intake.refusals[node] = RefusalCode.MALFORMED.value
             return
         if update is None:
-            refusals[reply.site] = str(reply.refusal)
-        elif reply.site in accepted:
-            refusals[f"node {message.metadata.src_node_id}"] = RefusalCode.REPLAY.value
-        else:
-            accepted[reply.site] = update
+            intake.refusals[site] = str(reply.refusal)
+            return
+        if site in intake.accepted:
+            intake.refusals[node] = RefusalCode.REPLAY.value
+            return
+        intake.accepted[site] = update
+        if reply.head:
+            self.state.heads[site] = reply.head
+        if reply.units is not None:
+            self.state.declared[site] = reply.units
+        counted = counted_units(update, release)
+        if counted is not None:
+            self.state.units[site] = counted
 
 
-def validate(reply: RoundReply, job: str, release: Release, descent: Descent) -> Update | None:
-    """A reply's update, or None for a refusal.
+@dataclass(kw_only=True)
+class _Intake:
+    """What came in a round."""
 
-    Raises:
-        WireError: for another job or round, or a tensor that is not the one asked for.
-    """
-    if reply.update is None:
-        return None
-    if (reply.job, reply.round) != (job, release.round):
-        raise WireError(f"a reply to round {reply.round} of {reply.job}")
-    name, shape = descent.expected_shape(release)
-    if set(reply.update.points) != {name} or reply.update.points[name].shape != shape:
-        raise WireError(f"an update of other tensors than {name} {shape}")
-    if reply.update.spacing != release.spacing:
-        raise WireError("an update on another lattice")
-    return reply.update
+    accepted: dict[str, Update] = field(default_factory=dict)
+    refusals: dict[str, str] = field(default_factory=dict)
+    bytes_up: int = 0
 
 
 def _too_few(release: Release, replies: int, needed: int, refusals: dict[str, str]) -> RunError:

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""report.json of a deployed run: what the coordinator knows, which is what the sites released.
+
+Promises the keys of a simulation's report; what only a site knows (its records, its scores, its units unless it
+declares them public) is null.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from veil.common.plan import RunPlan
+from veil.common.privacy import NeighboringRelation, spent
+from veil.common.schedule import schedule
+from veil.server.state import RunState
+
+
+def build_run_report(plan: RunPlan, job: str, state: RunState, seconds: dict[str, float]) -> dict[str, Any]:
+    """The document.
+
+    Args:
+        plan: what was run.
+        job: the run's name.
+        state: its end.
+        seconds: time by phase.
+    """
+    names = sorted(set(state.cohort) | set(state.declined))
+    last = state.records[-1]
+    return {
+        "name": plan.name,
+        "job": job,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "veil_version": version("veil"),
+        "private": True,
+        "plan": json.loads(plan.to_json()),
+        "plan_sha256": plan.sha256,
+        "backbone": plan.backbone.model_dump(include={"source", "sha256", "licence"}) if plan.backbone else None,
+        "privacy": {
+            "unit": plan.privacy.unit.value,
+            "relation": NeighboringRelation.ADD_OR_REMOVE_ONE.value,
+            "target_epsilon": plan.privacy.target_epsilon,
+            "target_delta": plan.privacy.target_delta,
+        },
+        "sites": [_site(plan, state, name) for name in names],
+        "metrics": {},
+        "per_site": [],
+        "rounds": [
+            {
+                "round": record.round,
+                "kind": record.kind.value,
+                "sites": len(record.sites),
+                "refusals": record.refusals,
+                "seconds": record.seconds,
+            }
+            for record in state.records
+        ],
+        "estimated_units": state.descent.units,
+        "timing": seconds,
+        "bytes": {
+            "per_round_per_site": last.bytes_down + last.bytes_up,
+            "down": last.bytes_down,
+            "up": last.bytes_up,
+        },
+    }
+
+
+def _site(plan: RunPlan, state: RunState, name: str) -> dict[str, Any]:
+    """One site: ε of the replies the coordinator received, a lower bound on what the site's own ledger holds."""
+    answered = {record.round for record in state.records if name in record.sites}
+    done = [release.mechanism for release in schedule(plan) if release.round in answered]
+    cost = spent(done, plan.privacy.target_delta).epsilon if done else 0.0
+    refusals = {str(record.round): record.refusals[name] for record in state.records if name in record.refusals}
+    return {
+        "name": name,
+        "records": None,
+        "units": state.declared.get(name),
+        "epsilon": cost,
+        "delta": plan.privacy.target_delta,
+        "rounds": len(done),
+        "refusals": {**({"offer": state.declined[name]} if name in state.declined else {}), **refusals},
+    }

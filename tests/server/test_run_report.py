@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of `veil.server.run_report`: the contract's keys, the ε of what each site released, and every refusal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from veil.common.errors import RefusalCode
+from veil.common.head import initial_adapter
+from veil.common.plan import RunPlan
+from veil.common.privacy import spent
+from veil.common.schedule import schedule
+from veil.server.run_report import build_run_report
+from veil.server.state import RoundRecord, RunState
+
+MakePlan = Callable[..., RunPlan]
+PROMISED = {"name", "created", "veil_version", "plan", "backbone", "sites", "metrics", "per_site", "timing", "bytes"}
+OF_A_SITE = {"name", "records", "units", "epsilon", "delta", "rounds", "refusals"}
+
+
+@pytest.fixture
+def state(make_plan: MakePlan) -> RunState:
+    """A finished run: Ulm in every round, Bonn refused in round 2, Köln refused the offer."""
+    plan = make_plan()
+    made = RunState.start(plan, initial_adapter(plan, 3), sites=2)
+    made.cohort, made.declined, made.declared = ("Bonn", "Ulm"), {"Köln": "policy"}, {"Ulm": 120}
+    for release in schedule(plan):
+        refused = {"Bonn": "budget"} if release.round == 2 else {}
+        made.records.append(
+            RoundRecord(
+                round=release.round,
+                kind=release.kind,
+                sites=tuple(sorted({"Bonn", "Ulm"} - set(refused))),
+                refusals=refused,
+                bytes_down=2000 + release.round,
+                bytes_up=1000,
+                seconds=0.5,
+            )
+        )
+    return made
+
+
+@pytest.fixture
+def report(make_plan: MakePlan, state: RunState) -> dict[str, Any]:
+    return build_run_report(make_plan(), "server-0a1b2c", state, {"federation_s": 2.5})
+
+
+def site(report: dict[str, Any], name: str) -> dict[str, Any]:
+    (found,) = [one for one in report["sites"] if one["name"] == name]
+    return dict(found)
+
+
+def test_the_promised_keys_are_there_and_it_is_json(report: dict[str, Any]) -> None:
+    assert set(report) >= PROMISED
+    assert all(set(one) >= OF_A_SITE for one in report["sites"])
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+
+
+def test_it_says_what_was_run(report: dict[str, Any], make_plan: MakePlan) -> None:
+    plan = make_plan()
+    assert (report["name"], report["job"], report["private"]) == ("server", "server-0a1b2c", True)
+    assert RunPlan.from_json(json.dumps(report["plan"])) == plan
+    assert report["plan_sha256"] == plan.sha256
+    assert report["backbone"] is None
+    assert report["privacy"]["unit"] == "record"
+    assert report["timing"] == {"federation_s": 2.5}
+    assert report["bytes"] == {"per_round_per_site": 3003, "down": 2003, "up": 1000}
+
+
+def test_a_backbone_is_named_with_its_hash_and_licence(make_plan: MakePlan, state: RunState) -> None:
+    backbone = {"source": "hub:a/b@c", "sha256": "ab" * 32, "licence": "MIT"}
+    plan = make_plan(backbone=backbone, task={"kind": "text-classification", "labels": ["a", "b"]})
+    assert build_run_report(plan, "j", state, {})["backbone"] == backbone
+
+
+def test_the_epsilon_of_a_site_is_that_of_the_rounds_it_answered(report: dict[str, Any], make_plan: MakePlan) -> None:
+    plan = make_plan()
+    mechanisms = [release.mechanism for release in schedule(plan)]
+    ulm, bonn = site(report, "Ulm"), site(report, "Bonn")
+    assert (ulm["rounds"], bonn["rounds"]) == (4, 3)
+    assert ulm["epsilon"] == spent(mechanisms, 1e-5).epsilon
+    assert bonn["epsilon"] == spent([*mechanisms[:2], mechanisms[3]], 1e-5).epsilon
+    assert 0 < bonn["epsilon"] < ulm["epsilon"] <= plan.privacy.target_epsilon
+    assert ulm["delta"] == bonn["delta"] == 1e-5
+
+
+def test_a_site_that_took_no_part_spent_nothing_here(report: dict[str, Any]) -> None:
+    koeln = site(report, "Köln")
+    assert (koeln["epsilon"], koeln["rounds"], koeln["refusals"]) == (0.0, 0, {"offer": "policy"})
+
+
+def test_every_refusal_stands_with_its_round(report: dict[str, Any]) -> None:
+    assert site(report, "Bonn")["refusals"] == {"2": "budget"}
+    assert site(report, "Ulm")["refusals"] == {}
+    assert [one["refusals"] for one in report["rounds"]] == [{}, {}, {"Bonn": "budget"}, {}]
+    assert [one["sites"] for one in report["rounds"]] == [2, 2, 1, 2]
+
+
+@pytest.mark.parametrize("code", RefusalCode)
+def test_a_refusal_of_any_kind_is_reported(make_plan: MakePlan, state: RunState, code: RefusalCode) -> None:
+    state.declined = {"Köln": code.value}
+    assert site(build_run_report(make_plan(), "j", state, {}), "Köln")["refusals"] == {"offer": code.value}
+
+
+def test_of_a_sites_records_it_knows_what_the_site_declared_public(report: dict[str, Any]) -> None:
+    assert {one["name"]: one["units"] for one in report["sites"]} == {"Bonn": None, "Köln": None, "Ulm": 120}
+    assert all(one["records"] is None for one in report["sites"])
+    assert (report["metrics"], report["per_site"]) == ({}, [])
