@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export FLWR_TELEMETRY_ENABLED = 0
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help install install-dev demo test check bench clean
+.PHONY: help install install-dev demo federation test check bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.lock
 demo: install ## four hospitals tune one model together, at ε = 3 each; writes runs/demo
 	rm -rf runs/demo
 	$(BIN)/veil simulate --output runs/demo
+
+federation: install ## a coordinator and three agents as processes over TLS; writes runs/federation
+	rm -rf runs/federation
+	$(BIN)/veil rehearse --output runs/federation
 
 test: install-dev ## everything that decides whether a change is good
 	$(BIN)/python -m pytest

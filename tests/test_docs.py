@@ -9,6 +9,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -16,16 +17,21 @@ from typing import Any, Literal, Union, get_args, get_origin
 import click
 import pytest
 import typer
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import to_jsonable_python
 
+from veil.client.site_file import SiteFile
+from veil.client.wording import REFUSALS
 from veil.common import errors
 from veil.common.plan import RunPlan, Section
+from veil.server.home import Settings
 from veil.simulations.cli import app
 
 ROOT = Path(__file__).parents[1]
 SOURCE_ROOTS = ("common", "client", "server", "simulations")
 UNREAD = {"runs", "build", "dist", "shared"}
+COMMON, CLIENT, SERVER = "common/README.md", "client/README.md", "server/README.md"
 MODULES = sorted(one for root in SOURCE_ROOTS for one in (ROOT / root / "veil").rglob("*.py"))
 
 Row = dict[str, str]
@@ -65,7 +71,7 @@ def tables(text: str) -> Iterator[tuple[str, list[Row]]]:
     heading, header, rows = "", [""], list[Row]()
     for line in [*text.splitlines(), ""]:
         if line.startswith("#"):
-            heading = line.lstrip("# ").strip("`[]")
+            heading = line.lstrip("# ")
         if not line.startswith("|"):
             if rows:
                 yield heading, rows
@@ -79,22 +85,42 @@ def tables(text: str) -> Iterator[tuple[str, list[Row]]]:
 
 
 @functools.cache
-def reference() -> str:
-    return (ROOT / "common" / "README.md").read_text(encoding="utf-8")
+def text_of(document: str) -> str:
+    return (ROOT / document).read_text(encoding="utf-8")
 
 
-@functools.cache
-def plan_rows() -> dict[str, Row]:
-    """Dotted key → its row in common/README.md."""
+def rows_by(column: str, document: str) -> dict[str, Row]:
+    """What stands in a column → its row, over all tables of a document that have that column."""
     found: dict[str, Row] = {}
-    for heading, rows in tables(reference()):
+    for heading, rows in tables(text_of(document)):
+        section = re.fullmatch(r"`\[(.+)\]`", heading)
         for row in rows:
-            if "key" in row:
-                section = "" if heading == "Top level" else f"{heading}."
-                key = section + row["key"].strip("`")
-                assert key not in found, f"{key} stands twice"
-                found[key] = row
+            if column in row:
+                name = (f"{section[1]}." if section else "") + row[column].strip("`")
+                assert name not in found, f"{name} stands twice in {document}"
+                found[name] = row
     return found
+
+
+FILES: dict[str, type[Section]] = {COMMON: RunPlan, CLIENT: SiteFile, SERVER: Settings}
+"""The file whose keys a document lists."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """A key of a TOML file, as the code has it."""
+
+    document: str
+    name: str
+    field: FieldInfo
+    required: bool
+
+    def __str__(self) -> str:
+        return f"{self.document.partition('/')[0]}:{self.name}"
+
+    @property
+    def row(self) -> Row:
+        return rows_by("key", self.document)[self.name]
 
 
 def section_of(field: FieldInfo) -> type[Section] | None:
@@ -105,44 +131,54 @@ def section_of(field: FieldInfo) -> type[Section] | None:
     return None
 
 
-def plan_fields(model: type[Section] = RunPlan, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Dotted key and field of everything that a plan can say."""
+def required(model: type[Section]) -> set[str]:
+    """What a section cannot do without, as it says itself when it is given nothing."""
+    try:
+        model.model_validate({}, context={"folder": Path()})
+    except ValidationError as error:
+        return {str(one["loc"][0]) for one in error.errors() if one["type"] == "missing"}
+    return set()
+
+
+def keys_of(document: str, model: type[Section], prefix: str = "") -> Iterator[Key]:
+    """Everything that a file can say, by its dotted key."""
+    needed = required(model)
     for name, field in model.model_fields.items():
-        yield prefix + name, field
+        yield Key(document=document, name=prefix + name, field=field, required=name in needed)
         if inner := section_of(field):
-            yield from plan_fields(inner, f"{prefix}{name}.")
+            yield from keys_of(document, inner, f"{prefix}{name}.")
 
 
-FIELDS = dict(plan_fields())
+KEYS = [key for document, model in FILES.items() for key in keys_of(document, model)]
 
 
-def test_the_plan_reference_has_every_key_and_no_other() -> None:
-    assert set(plan_rows()) == set(FIELDS)
-    assert len(FIELDS) > 45
+@pytest.mark.parametrize(("document", "least"), [(COMMON, 50), (CLIENT, 35), (SERVER, 8)])
+def test_a_reference_has_every_key_and_no_other(document: str, least: int) -> None:
+    known = {key.name for key in KEYS if key.document == document}
+    assert set(rows_by("key", document)) == known
+    assert len(known) >= least
 
 
-@pytest.mark.parametrize("key", FIELDS)
-def test_a_key_has_a_meaning_and_a_type(key: str) -> None:
-    row = plan_rows()[key]
-    assert len(row["meaning"]) > 10
-    assert row["type and range"]
+@pytest.mark.parametrize("key", KEYS, ids=str)
+def test_a_key_has_a_meaning_and_a_type(key: Key) -> None:
+    assert len(key.row["meaning"]) > 10
+    assert key.row["type and range"]
 
 
-@pytest.mark.parametrize("key", [key for key in FIELDS if not section_of(FIELDS[key])])
-def test_a_key_is_described_in_the_code(key: str) -> None:
-    assert FIELDS[key].description, f"{key} has no Field(description=...) in plan.py"
+@pytest.mark.parametrize("key", [key for key in KEYS if not section_of(key.field)], ids=str)
+def test_a_key_is_described_in_the_code(key: Key) -> None:
+    assert key.field.description, f"{key} has no Field(description=...)"
 
 
-@pytest.mark.parametrize("key", FIELDS)
-def test_a_shown_default_is_the_code_s(key: str) -> None:
-    field, shown = FIELDS[key], plan_rows()[key]["default"]
-    if field.is_required():
+@pytest.mark.parametrize("key", KEYS, ids=str)
+def test_a_shown_default_is_the_code_s(key: Key) -> None:
+    shown = key.row["default"]
+    default = key.field.get_default(call_default_factory=True)
+    if key.required:
         assert shown == "required"
-        return
-    default = field.get_default(call_default_factory=True)
-    if default is None:
+    elif default is None:
         assert shown == "none"
-    elif isinstance(default, Section):
+    elif section_of(key.field):
         assert shown == "its defaults"
     else:
         assert shown.startswith("`")
@@ -165,14 +201,14 @@ def number(value: float) -> str:
     return "2^63" if value == 2**63 else f"{value:.0f}" if value == int(value) else f"{value:g}"
 
 
-@pytest.mark.parametrize("key", [key for key in FIELDS if any(True for _ in bounds(FIELDS[key]))])
-def test_a_shown_range_is_the_code_s(key: str) -> None:
-    shown = plan_rows()[key]["type and range"]
-    for words, value in bounds(FIELDS[key]):
+@pytest.mark.parametrize("key", [key for key in KEYS if any(True for _ in bounds(key.field))], ids=str)
+def test_a_shown_range_is_the_code_s(key: Key) -> None:
+    shown = key.row["type and range"]
+    for words, value in bounds(key.field):
         expected = words.format(re.escape(number(value)))
         assert re.search(rf"(?<![\d.])(?:{expected})(?![\d.])", shown), f"{key}: {shown!r} lacks {expected}"
     told = {float(one) for one in re.findall(r"(?<![\w^.-])\d+(?:\.\d+)?", shown.replace("2^63", ""))}
-    assert told <= {float(value) for _, value in bounds(FIELDS[key])}, f"{key}: {shown!r} names a bound of its own"
+    assert told <= {float(value) for _, value in bounds(key.field)}, f"{key}: {shown!r} names a bound of its own"
 
 
 def choices(annotation: Any) -> set[str]:
@@ -186,10 +222,10 @@ def choices(annotation: Any) -> set[str]:
     return set()
 
 
-@pytest.mark.parametrize("key", [key for key in FIELDS if choices(FIELDS[key].annotation)])
-def test_shown_choices_are_the_code_s(key: str) -> None:
-    shown = set(re.findall(r'"([\w-]+)"', plan_rows()[key]["type and range"]))
-    assert shown == choices(FIELDS[key].annotation)
+@pytest.mark.parametrize("key", [key for key in KEYS if choices(key.field.annotation)], ids=str)
+def test_shown_choices_are_the_code_s(key: Key) -> None:
+    shown = set(re.findall(r'"([\w-]+)"', key.row["type and range"]))
+    assert shown == choices(key.field.annotation)
 
 
 def exception_classes() -> dict[str, str]:
@@ -204,27 +240,39 @@ def exception_classes() -> dict[str, str]:
     return found
 
 
-def rows_by(column: str) -> dict[str, Row]:
-    return {row[column].strip("`"): row for _, rows in tables(reference()) for row in rows if column in row}
-
-
 def test_every_exception_stands_in_the_reference_with_its_exit_code() -> None:
-    rows = rows_by("error")
+    rows = rows_by("error", COMMON)
     assert set(rows) == set(exception_classes())
     for name, row in rows.items():
         code = getattr(getattr(errors, name, None), "exit_code", "-")
         assert row["exit code"] == str(code), name
 
 
-def test_every_refusal_code_stands_in_the_reference() -> None:
-    shown = {code: row["name"].strip("`") for code, row in rows_by("code").items()}
-    assert shown == {code.value: f"RefusalCode.{code.name}" for code in errors.RefusalCode}
+def test_every_refusal_code_stands_in_the_reference_and_no_other() -> None:
+    assert set(rows_by("code", CLIENT)) == set(errors.RefusalCode) == set(REFUSALS)
 
 
-def commands() -> dict[str, click.Command]:
-    root = typer.main.get_command(app)
-    assert isinstance(root, click.Group)
-    return {f"veil {name}": command for name, command in root.commands.items()}
+@pytest.mark.parametrize("code", errors.RefusalCode)
+def test_a_refusal_is_told_in_the_words_of_the_screen(code: errors.RefusalCode) -> None:
+    row, words = rows_by("code", CLIENT)[code], REFUSALS[code]
+    assert (row["meaning"].replace("`", ""), row["remedy"].replace("`", "")) == (words.meaning, words.remedy)
+
+
+def leaves(command: click.Command, name: str) -> Iterator[tuple[str, click.Command]]:
+    """Every command that does something, by all its words."""
+    if not isinstance(command, click.Group):
+        yield name, command
+        return
+    for word, inner in command.commands.items():
+        yield from leaves(inner, f"{name} {word}")
+
+
+COMMANDS = dict(leaves(typer.main.get_command(app), "veil"))
+
+
+def document_of(command: str) -> str:
+    """Where a command is described: with the side whose operator types it."""
+    return {"site": CLIENT, "coordinator": SERVER}.get(command.split()[1], COMMON)
 
 
 def words_of(command: click.Command) -> set[str]:
@@ -238,25 +286,52 @@ def words_of(command: click.Command) -> set[str]:
     return found
 
 
-def test_every_command_stands_in_the_reference_and_no_other() -> None:
-    assert set(rows_by("command")) == set(commands())
+def options_of(command: click.Command) -> list[click.Option]:
+    return [one for one in command.params if isinstance(one, click.Option)]
 
 
-@pytest.mark.parametrize("name", commands())
+def words_shown(name: str) -> str:
+    return rows_by("command", document_of(name))[name]["words and options"]
+
+
+@pytest.mark.parametrize("document", [COMMON, CLIENT, SERVER])
+def test_every_command_stands_in_its_reference_and_no_other(document: str) -> None:
+    assert set(rows_by("command", document)) == {name for name in COMMANDS if document_of(name) == document}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_argument_and_option_stands_in_its_command_s_row(name: str) -> None:
-    shown = set(re.findall(r"`([^`]+)`", rows_by("command")[name]["words and options"]))
-    words = words_of(commands()[name])
+    shown = set(re.findall(r"`([^`]+)`", words_shown(name)))
+    words = words_of(COMMANDS[name])
     assert words <= shown, f"not documented: {sorted(words - shown)}"
     assert {one for one in shown if one.startswith("-")} <= words, "an option that the command does not have"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_shown_defaults_of_a_command_are_the_code_s(name: str) -> None:
+    own = [one for one in options_of(COMMANDS[name]) if not one.envvar and not one.is_flag and not one.required]
+    assert set(re.findall(r"default `([^`]+)`", words_shown(name))) == {str(one.default) for one in own if one.default}
+    for flag in options_of(COMMANDS[name]):
+        if flag.secondary_opts:
+            usual = flag.opts[0] if flag.default else flag.secondary_opts[0]
+            assert re.findall(rf"`({'|'.join((*flag.opts, *flag.secondary_opts))})` \(default", words_shown(name)) == [
+                usual
+            ]
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if any(one.envvar for one in options_of(COMMANDS[name]))])
+def test_an_option_from_the_environment_is_told_above_its_table_with_its_default(name: str) -> None:
+    for option in options_of(COMMANDS[name]):
+        if option.envvar:
+            told = f"default `{option.default}`, or what `{option.envvar}` says"
+            assert told in prose(text_of(document_of(name))).replace("\n", " ")
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda one: str(one.relative_to(ROOT)))
 def test_every_module_is_named_where_its_root_is_described(module: Path) -> None:
     root, _, package, *inside = module.relative_to(ROOT).parts
-    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("ARCHITECTURE.md", f"{root}/README.md")]
-    name = "/".join(inside)
     assert package == root
-    assert any(re.search(rf"(?<![\w/]){re.escape(name)}", text) for text in texts), f"{name} is named nowhere"
+    assert f"`{'/'.join(inside)}`" in text_of(f"{root}/README.md")
 
 
 def links(text: str) -> list[str]:

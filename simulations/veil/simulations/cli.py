@@ -20,7 +20,9 @@ from typing import Annotated
 import click
 import typer
 
+from veil.client.cli import app as site
 from veil.common.errors import InputError, VeilError
+from veil.server.cli import app as coordinator
 
 INTERRUPTED = 130
 
@@ -31,6 +33,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune one pretrained model together, without sharing records.",
 )
+
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+app.add_typer(coordinator, name="coordinator")
+app.add_typer(site, name="site")
 
 
 class EngineName(StrEnum):
@@ -67,7 +75,7 @@ def simulate(
         EngineName, typer.Option(help="inprocess, or ray for Flower's Ray engine.")
     ] = EngineName.INPROCESS,
     seed: Annotated[int | None, typer.Option(min=0, help="Another seed than the plan's, for another split.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON document.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Run a whole federation on this machine."""
     from veil.common.plan import parse_plan
@@ -90,6 +98,47 @@ def simulate(
 
 
 @app.command()
+def rehearse(
+    plan: Annotated[Path | None, typer.Argument(help="Plan file; without one, the demo's records at 3 sites.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")] = Path(
+        "runs/federation"
+    ),
+    data: Annotated[
+        Path | None, typer.Option(help="Folder that the plan's relative paths start from; its own by default.")
+    ] = None,
+    repeatable: Annotated[
+        bool,
+        typer.Option(help="Noise from the seed, NOT private, and a comparison with the simulation; or real noise."),
+    ] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Run coordinator and agents as processes on this machine, over TLS."""
+    from dataclasses import asdict
+
+    from veil.common.plan import parse_plan
+    from veil.simulations import demo
+    from veil.simulations.rehearsal import rehearse as run
+    from veil.simulations.screen import Screen
+
+    chosen = parse_plan(plan) if plan is not None else demo.dealt_demo_plan(sites=3)
+    base = data or (plan.resolve().parent if plan is not None else Path.cwd())
+    with Screen(quiet=as_json) as screen:
+        shown = run(chosen, base=base, output=output, progress=screen, repeatable=repeatable)
+    if as_json:
+        typer.echo(json.dumps(asdict(shown), indent=2))
+        return
+    typer.echo(
+        f"{len(shown.sites)} agents and a coordinator: {shown.rounds} rounds, {shown.round_s:.2f} s each (median)"
+    )
+    typer.echo(f"accuracy on held-out records {shown.accuracy:.3f}")
+    if shown.same_adapter is not None:
+        same = "the same adapter as" if shown.same_adapter else "NOT the adapter of"
+        typer.echo(f"{same} the simulation (largest difference {shown.largest_difference:g})")
+        typer.echo("noise was repeatable: nothing in this folder is private")
+    typer.echo(f"wrote {output}")
+
+
+@app.command()
 def predict(
     model: Annotated[Path, typer.Argument(help="The folder `model` of a finished run.")],
     source: Annotated[
@@ -100,7 +149,7 @@ def predict(
         list[str] | None,
         typer.Option("--column", help="Table: the input column; several for numeric features."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Ask a tuned model."""
     from veil.server.model import TunedModel
@@ -131,7 +180,24 @@ def backbone(
     from veil.common.weights import fingerprint
 
     pinned = fingerprint(source, base=Path.cwd())
-    typer.echo(f'[backbone]\nsource = "{source}"\nsha256 = "{pinned.sha256}"\nlicence = ""  # its SPDX name')
+    typer.echo(
+        f'[backbone]\nsource = "{source}"\nsha256 = "{pinned.sha256}"\n'
+        f'files_sha256 = "{pinned.files_sha256}"\nlicence = ""  # its SPDX name'
+    )
+
+
+@app.command()
+def health(
+    address: Annotated[str, typer.Argument(help="host:port of a coordinator's or an agent's health service.")],
+    service: Annotated[str, typer.Option(help="One check; without it, all of them together.")] = "",
+) -> None:
+    """Say whether a process works, as container engines ask; exit code 4 when it does not."""
+    from veil.common.errors import RunError
+    from veil.common.health import serving
+
+    if not serving(address, service):
+        raise RunError(f"{address} is not serving", "a process that does its work", "read its log")
+    typer.echo("serving")
 
 
 @app.command()
@@ -176,5 +242,5 @@ def run_command(words: list[str]) -> int:
         typer.echo("veil: this is a defect of Veil; please report the lines above", err=True)
         return VeilError.exit_code
     if code == INTERRUPTED:
-        typer.echo("veil: interrupted; nothing was written", err=True)
+        typer.echo("veil: interrupted", err=True)
     return code

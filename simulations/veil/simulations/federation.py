@@ -14,8 +14,7 @@ from veil.common.errors import RunError
 from veil.common.head import initial_adapter
 from veil.common.plan import RunPlan
 from veil.server.app import Outcome, server_app
-from veil.server.descent import Descent
-from veil.server.strategy import RoundRecord
+from veil.server.state import RunState
 from veil.simulations.engine import Engine, run_apps
 from veil.simulations.workspace import Workspace
 
@@ -27,7 +26,7 @@ def federate(
     sites: int,
     width: int,
     engine: Engine = Engine.INPROCESS,
-    watch: Callable[[RoundRecord, Descent], None] = lambda record, state: None,
+    watch: Callable[[RunState], None] = lambda state: None,
 ) -> Outcome:
     """Run a plan over a workspace's sites.
 
@@ -46,8 +45,7 @@ def federate(
     server = server_app(
         plan.public(),
         job=f"{plan.name}-{uuid.uuid4().hex[:12]}",
-        adapter=initial_adapter(plan, width),
-        sites=sites,
+        state=RunState.start(plan.public(), initial_adapter(plan, width), sites),
         watch=watch,
         deliver=outcomes.append,
     )

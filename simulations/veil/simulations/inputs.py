@@ -14,6 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from veil.common.errors import InputError
+from veil.common.head import scaled
 from veil.common.plan import Task
 
 _TABLES: dict[str, Callable[[Path], pd.DataFrame]] = {".csv": pd.read_csv, ".parquet": pd.read_parquet}
@@ -56,7 +57,7 @@ def _from_table(
             "name the input column with --column",
         )
     if task.kind == "tabular-classification":
-        return frame[wanted].to_numpy(dtype=np.float64)
+        return np.stack([scaled(frame[name].to_numpy(np.float64), task.bounds.get(name)) for name in wanted], axis=1)
     values = [str(value) for value in frame[wanted[0]]]
     if task.kind == "image-classification":
         return tuple(_existing(path.parent / value) for value in values)

@@ -14,10 +14,9 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
-from veil.client.ledger import Ledger
 from veil.common.plan import RunPlan
 from veil.common.privacy import NeighboringRelation, PrivacySpent
-from veil.server.strategy import RoundRecord
+from veil.server.state import RoundRecord
 from veil.simulations.evaluation import Scores
 
 
@@ -82,11 +81,6 @@ class SimulationResult:
     def private(self) -> bool:
         """Whether the noise came from the operating system."""
         return self.plan.simulation is not None and self.plan.simulation.noise == "os"
-
-
-def site_spent(ledger: Ledger, delta: float) -> tuple[PrivacySpent, int]:
-    """ε and number of releases of one ledger."""
-    return ledger.spent(delta), len(ledger.entries())
 
 
 def build_report(result: SimulationResult) -> dict[str, Any]:
@@ -158,7 +152,7 @@ def _site(site: SiteResult) -> dict[str, Any]:
         "records": site.records,
         "test_records": site.test_records,
         "units": site.units,
-        "epsilon": _finite(site.spent.epsilon),
+        "epsilon": site.spent.finite_epsilon,
         "delta": site.spent.delta,
         "accountants": dict(site.spent.by_accountant),
         "rounds": site.rounds,

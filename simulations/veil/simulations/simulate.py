@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from veil.client.examples import Examples, read_examples
 from veil.client.features import cached_features
-from veil.client.ledger import Ledger
+from veil.client.ledger import entries_of, total
 from veil.common.backbone import FrozenBackbone, load_backbone
 from veil.common.errors import PlanError
 from veil.common.plan import RunPlan, Simulation
@@ -29,16 +29,15 @@ from veil.common.schedule import schedule
 from veil.common.update import Adapter
 from veil.common.weights import cache_folder
 from veil.server.app import Outcome
-from veil.server.descent import Descent
 from veil.server.model import TunedModel
-from veil.server.strategy import RoundRecord
+from veil.server.state import RunState
 from veil.simulations.baselines import Baselines, Pool, run_baselines
 from veil.simulations.engine import Engine, check_engine
 from veil.simulations.federation import federate
 from veil.simulations.folders import fresh_folder, table_path
 from veil.simulations.partition import Share, partition
 from veil.simulations.picture import draw_picture
-from veil.simulations.report import Curve, SimulationResult, SiteResult, build_report, refusals_of, site_spent
+from veil.simulations.report import Curve, SimulationResult, SiteResult, build_report, refusals_of
 from veil.simulations.workspace import Workspace, close_workspaces
 
 
@@ -51,13 +50,14 @@ class Progress(Protocol):
 
 
 @dataclass(kw_only=True)
-class _Clock:
+class Clock:
     """Seconds by stage."""
 
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        """Note how long the block took."""
         start = time.monotonic()
         yield
         self.seconds[name] = round(time.monotonic() - start, 3)
@@ -85,9 +85,9 @@ def simulate(
         raise PlanError(f"plan {plan.name} has no [simulation]", "a table to simulate sites from", "add [simulation]")
     check_engine(engine)
     with fresh_folder(output) as partial:
-        clock = _Clock()
+        clock = Clock()
         with clock.stage("total_s"):
-            pool, backbone = _prepare(plan, plan.simulation, base, progress, clock)
+            pool, backbone = prepare(plan, plan.simulation, base, progress, clock)
             work = partial / "work"
             workspace = pool.lay_down(work / "federation", pool.shares)
             with clock.stage("federation_s"):
@@ -99,16 +99,28 @@ def simulate(
         TunedModel(plan=plan, adapter=outcome.adapter, backbone=backbone).save(partial / "model")
         (partial / "report.json").write_text(json.dumps(build_report(result), indent=2) + "\n", encoding="utf-8")
         draw_picture(result, partial / "picture.png")
-        with closing(Ledger(workspace.ledger_path, "")) as ledger:
-            ledger.copy_to(partial / "ledger.sqlite")
+        workspace.copy_ledger_to(partial / "ledger.sqlite")
         close_workspaces()
         shutil.rmtree(work)
     return result
 
 
-def _prepare(
-    plan: RunPlan, simulation: Simulation, base: Path, progress: Progress, clock: _Clock
+def prepare(
+    plan: RunPlan, simulation: Simulation, base: Path, progress: Progress, clock: Clock | None = None
 ) -> tuple[Pool, FrozenBackbone | None]:
+    """Read the pooled records, divide them, compute their features.
+
+    Args:
+        plan: what is to be run.
+        simulation: its simulation section.
+        base: the folder that relative paths of the plan start from.
+        progress: told how far it is.
+        clock: notes the seconds.
+
+    Raises:
+        VeilError: when table, weights or shares do not fit the plan.
+    """
+    clock = clock or Clock()
     with clock.stage("records_s"):
         examples = read_examples(
             table_path(simulation.path, base),
@@ -151,8 +163,8 @@ def _federate(pool: Pool, workspace: Workspace, engine: Engine, progress: Progre
     advance = progress.stage("Federated rounds", len(schedule(pool.plan)))
     adapters: list[Adapter] = []
 
-    def watch(record: RoundRecord, state: Descent) -> None:
-        adapters.append(state.adapter)
+    def watch(state: RunState) -> None:
+        adapters.append(state.descent.adapter)
         advance(1)
 
     outcome = federate(
@@ -194,16 +206,15 @@ def _result(
 
 
 def _site_result(pool: Pool, workspace: Workspace, outcome: Outcome, baselines: Baselines, share: Share) -> SiteResult:
-    with closing(Ledger(workspace.ledger_path, share.site)) as ledger:
-        cost, rounds = site_spent(ledger, pool.plan.privacy.target_delta)
+    entries = entries_of(workspace.ledger_path, share.site)
     own = baselines.local.get(share.site)
     return SiteResult(
         name=share.site,
         records=len(share.train),
         test_records=len(share.test),
         units=len(np.unique(pool.examples.units[share.train])),
-        spent=cost,
-        rounds=rounds,
+        spent=total(entries, pool.plan.privacy.target_delta),
+        rounds=len(entries),
         refusals=refusals_of(outcome.records, share.site),
         federated=pool.score(outcome.adapter, share.test),
         local_only=pool.score(own, share.test) if own else None,

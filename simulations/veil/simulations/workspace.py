@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,15 +21,17 @@ from numpy.typing import NDArray
 
 from veil.client.ledger import Ledger
 from veil.client.policy import Limits, SitePolicy
-from veil.client.site import Site
+from veil.client.site import Consent, Site
 from veil.client.units import Units, bounded_units
+from veil.common.delivery import Chunk, Manifest, Progress, Standing
 from veil.common.exchange import RoundRequest
+from veil.common.keys import NodeKey
 from veil.common.noise import NoiseSource, OSNoise
-from veil.common.plan import RunPlan, Simulation
+from veil.common.plan import Backbone, RunPlan, Simulation
 from veil.simulations.partition import Share
 from veil.simulations.unprivate_noise import FixedNoise, NoNoise
 
-_ARRAYS, _PLAN, _LEDGER, _FEATURES = "records.npz", "plan.json", "ledger.sqlite", "features.npy"
+_ARRAYS, _PLAN, _LEDGER, _KEY, _FEATURES = "records.npz", "plan.json", "ledger.sqlite", "sites.key", "features.npy"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,13 +83,19 @@ class Workspace:
             **train,  # type: ignore[arg-type]  # numpy's stub takes the keyword for allow_pickle
         )
         (folder / _PLAN).write_text(plan.to_json(), encoding="utf-8")
-        Ledger(folder / _LEDGER, "").close()
+        NodeKey.generate().save(folder / _KEY)
+        Ledger(folder / _LEDGER, "", _key(folder)).close()
         return cls(folder=folder)
 
     @property
     def ledger_path(self) -> Path:
         """The SQLite file with all sites' lines."""
         return self.folder / _LEDGER
+
+    def copy_ledger_to(self, path: Path) -> None:
+        """Write all sites' lines to a new file."""
+        with closing(Ledger(self.ledger_path, "", _key(self.folder))) as ledger:
+            ledger.copy_to(path)
 
     def __call__(self, context: Context) -> Site:
         """The site of a Flower node, by its partition number."""
@@ -95,7 +104,7 @@ class Workspace:
 
 def close_workspaces() -> None:
     """Forget every opened site of this process, so that its folder can go."""
-    for cached in (_open, _records, _plan):
+    for cached in (_open, _records, _plan, _key):
         cached.cache_clear()
 
 
@@ -107,9 +116,11 @@ def _open(folder: Path, index: int) -> Site:
     units = _units(folder, plan, rows)
     return Site(
         policy=SitePolicy.model_construct(name=name, limits=_limits(plan)),
-        ledger=Ledger(folder / _LEDGER, name),
+        ledger=Ledger(folder / _LEDGER, name, _key(folder)),
         units=lambda _: units,
         noise=_RoundNoise(kind=_simulation(plan).noise, seed=plan.seed, site=name),
+        consent=lambda job, plan: Consent.GIVEN,
+        backbones=_Features(),
     )
 
 
@@ -136,6 +147,12 @@ def _plan(folder: Path) -> RunPlan:
     return RunPlan.from_json((folder / _PLAN).read_text(encoding="utf-8"))
 
 
+@lru_cache(maxsize=64)
+def _key(folder: Path) -> NodeKey:
+    """One key for all simulated sites."""
+    return NodeKey.load(folder / _KEY)
+
+
 def _simulation(plan: RunPlan) -> Simulation:
     if plan.simulation is None:
         raise ValueError("a plan without [simulation]; expected one")
@@ -152,6 +169,19 @@ def _limits(plan: RunPlan) -> Limits:
         unit=plan.privacy.unit,
         max_records_per_patient=plan.privacy.max_records_per_patient,
     )
+
+
+class _Features:
+    """The backbones of a simulated site: its features are there already, so it never needs one."""
+
+    def has(self, backbone: Backbone) -> bool:
+        return True
+
+    def begin(self, manifest: Manifest, backbone: Backbone) -> Progress:
+        return Progress(manifest=manifest.digest, standing=Standing.COMPLETE)
+
+    def write(self, chunk: Chunk) -> Progress:
+        return Progress(manifest=chunk.manifest, standing=Standing.COMPLETE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

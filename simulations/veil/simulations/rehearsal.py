@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`veil rehearse`: the deployed system on this machine, and the proof that it computes what the simulation computes.
+
+Promises real processes, TLS, keys and ledgers; with repeatable noise it says in every output that nothing is private.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from veil.client.examples import named_columns, read_table
+from veil.common.errors import InputError, PlanError, RunError
+from veil.common.plan import Columns, RunPlan, Simulation
+from veil.common.schedule import schedule
+from veil.common.update import Adapter
+from veil.server.jobs import Job, Phase
+from veil.server.state import RunState
+from veil.server.submission import submit
+from veil.simulations.baselines import Pool
+from veil.simulations.deployment import Deployment
+from veil.simulations.federation import federate
+from veil.simulations.folders import table_path
+from veil.simulations.simulate import Progress, prepare
+from veil.simulations.workspace import close_workspaces
+
+_RUN_S = 900.0
+_NOT_PRIVATE = "-rehearsal-not-private"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rehearsal:
+    """What a rehearsal showed.
+
+    Attributes:
+        private: whether the noise was the operating system's.
+        sites: their names.
+        rounds: how many there were.
+        round_s: median seconds of a round after the first, from asking to having aggregated.
+        largest_difference: of the deployed adapter from the simulated one; None where noise was not repeated.
+        same_adapter: whether every number of both adapters is the same; None likewise.
+        accuracy: of the deployed adapter on the held-out records.
+    """
+
+    private: bool
+    sites: tuple[str, ...]
+    rounds: int
+    round_s: float
+    largest_difference: float | None
+    same_adapter: bool | None
+    accuracy: float
+
+
+def rehearse(plan: RunPlan, *, base: Path, output: Path, progress: Progress, repeatable: bool) -> Rehearsal:
+    """Deploy a plan's simulated sites as processes, run the plan, and compare.
+
+    Args:
+        plan: with a simulation section.
+        base: the folder that relative paths of the plan start from.
+        output: a new folder; it keeps the coordinator's and the sites' folders, and `rehearsal.json`.
+        progress: told how far it is.
+        repeatable: take noise from the plan's seed, which is not private, and compare with the simulation.
+
+    Raises:
+        VeilError: when anything does not work; the folder then stays, with the logs.
+    """
+    simulation = plan.simulation
+    if simulation is None:
+        raise PlanError(f"plan {plan.name} has no [simulation]", "a table to take the sites from", "add [simulation]")
+    if output.exists():
+        raise InputError(f"--output {output} exists", "a folder that is not there yet", "choose another, or remove it")
+    if repeatable:
+        simulation = simulation.model_copy(update={"noise": "fixed"})
+        plan = plan.model_copy(update={"name": plan.name + _NOT_PRIVATE, "simulation": simulation})
+    pool, _ = prepare(plan, simulation, base, progress)
+    output.mkdir(parents=True)
+    with Deployment.create(output) as deployment:
+        enrol(deployment, pool, simulation, base)
+        for name in deployment.sites:
+            deployment.start_site(name, fixed_noise=repeatable)
+        job = submit(deployment.home, plan, base=base, sites=())
+        _follow(deployment, job, progress)
+    shown = _show(plan, pool, RunState.load(job.checkpoint, job.plan), output)
+    (output / "rehearsal.json").write_text(json.dumps(asdict(shown), indent=2) + "\n", encoding="utf-8")
+    return shown
+
+
+def enrol(deployment: Deployment, pool: Pool, simulation: Simulation, base: Path, *, runs: int = 1) -> None:
+    """Give each site its own records in a table of its own, and a site.toml that admits what the plan asks.
+
+    Args:
+        deployment: whose coordinator runs.
+        pool: the records and the shares.
+        simulation: how they are read.
+        base: the folder that relative paths of the plan start from.
+        runs: how often the plan may be run.
+    """
+    source = table_path(simulation.path, base)
+    frame, privacy = read_table(source, named_columns(simulation)), pool.plan.privacy
+    if simulation.image is not None:
+        frame[simulation.image] = [str((source.parent / one).resolve()) for one in frame[simulation.image]]
+    columns = simulation.model_dump(include=set(Columns.model_fields), exclude_none=True)
+    limits = {
+        "epsilon_per_run": privacy.target_epsilon,
+        "epsilon_lifetime": privacy.target_epsilon * runs,
+        "delta": privacy.target_delta,
+        "unit": privacy.unit.value,
+        "max_records_per_patient": privacy.max_records_per_patient,
+        "approval": "auto-within-limits",
+    }
+    for share in pool.shares:
+        table = _write_rows(frame, share.train, deployment.folder / "tables" / f"{share.site}.parquet")
+        file = deployment.add_site(share.site, data={"table": str(table), **columns}, limits=limits)
+        if simulation.noise == "fixed":
+            file.agent.state.mkdir(parents=True)
+            (file.agent.state / "units.key").write_bytes(bytes(32))
+
+
+def _write_rows(frame: pd.DataFrame, rows: np.ndarray, path: Path) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    frame.iloc[rows].to_parquet(path, index=False)
+    return path.resolve()
+
+
+def _follow(deployment: Deployment, job: Job, progress: Progress) -> None:
+    advance, done = progress.stage("Deployed rounds", len(schedule(job.plan))), 0
+
+    def watch(job: Job) -> None:
+        nonlocal done
+        now = job.status.rounds_done
+        advance(now - done)
+        done = now
+
+    deployment.finish(job, _RUN_S, watch)
+    status = job.status
+    if status.phase is not Phase.FINISHED:
+        raise RunError(
+            f"run {job.name} {status.phase}: {status.message}", "a run to its end", f"read {deployment.folder}/log"
+        )
+
+
+def _show(plan: RunPlan, pool: Pool, state: RunState, output: Path) -> Rehearsal:
+    repeatable = plan.simulation is not None and plan.simulation.noise == "fixed"
+    adapter = state.descent.adapter
+    difference = _difference(adapter, _simulated(plan, pool, output / "simulation")) if repeatable else None
+    return Rehearsal(
+        private=not repeatable,
+        sites=state.cohort,
+        rounds=len(state.records),
+        round_s=statistics.median(record.seconds for record in state.records[1:] or state.records),
+        largest_difference=difference,
+        same_adapter=None if difference is None else difference == 0.0,
+        accuracy=pool.score(adapter, pool.test).accuracy,
+    )
+
+
+def _simulated(plan: RunPlan, pool: Pool, folder: Path) -> Adapter:
+    """The adapter of the same plan, seeds and shares without a network."""
+    workspace = pool.lay_down(folder, pool.shares)
+    outcome = federate(plan, workspace, sites=len(pool.shares), width=pool.features.shape[1])
+    close_workspaces()
+    shutil.rmtree(folder)
+    return outcome.adapter
+
+
+def _difference(deployed: Adapter, simulated: Adapter) -> float:
+    """Largest absolute difference of any number."""
+    return max(
+        float(np.abs(tensor.astype(np.float64) - simulated.tensors[name]).max())
+        for name, tensor in deployed.tensors.items()
+    )
