@@ -113,7 +113,8 @@ class Connection:
             self._client.close()
             raise
         self._node = Node(node_id=node_id)
-        self._node_file.write_text(str(node_id), encoding="ascii")
+        with contextlib.suppress(OSError):  # without the file, a crash costs the wait for Flower's lease
+            self._node_file.write_text(str(node_id), encoding="ascii")
         TaskIdentity.node_id, TaskIdentity.task_id = node_id, 1
         self.alive.set()
         self._beating.start()

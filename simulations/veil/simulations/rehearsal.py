@@ -148,14 +148,14 @@ def _follow(deployment: Deployment, job: Job, progress: Progress) -> None:
 def _show(plan: RunPlan, pool: Pool, state: RunState, output: Path) -> Rehearsal:
     repeatable = plan.simulation is not None and plan.simulation.noise == "fixed"
     adapter = state.descent.adapter
-    difference = _difference(adapter, _simulated(plan, pool, output / "simulation")) if repeatable else None
+    apart = difference(adapter, _simulated(plan, pool, output / "simulation")) if repeatable else None
     return Rehearsal(
         private=not repeatable,
         sites=state.cohort,
         rounds=len(state.records),
         round_s=statistics.median(record.seconds for record in state.records[1:] or state.records),
-        largest_difference=difference,
-        same_adapter=None if difference is None else difference == 0.0,
+        largest_difference=apart,
+        same_adapter=None if apart is None else apart == 0.0,
         accuracy=pool.score(adapter, pool.test).accuracy,
     )
 
@@ -169,7 +169,7 @@ def _simulated(plan: RunPlan, pool: Pool, folder: Path) -> Adapter:
     return outcome.adapter
 
 
-def _difference(deployed: Adapter, simulated: Adapter) -> float:
+def difference(deployed: Adapter, simulated: Adapter) -> float:
     """Largest absolute difference of any number."""
     return max(
         float(np.abs(tensor.astype(np.float64) - simulated.tensors[name]).max())
