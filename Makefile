@@ -37,7 +37,7 @@ federation: install ## a coordinator and three agents as processes over TLS; wri
 	$(BIN)/veil rehearse --output runs/federation
 
 test: install-dev ## everything that decides whether a change is good
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: install-dev ## formatting, lint, types, arrows
 	$(BIN)/ruff format --check .

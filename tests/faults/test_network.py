@@ -96,7 +96,7 @@ def move(deployment: Deployment, port: int) -> None:
 
 
 def test_cut_and_restored_while_it_trains(clinics: Any, cable: Cable) -> None:
-    job = clinics.submit(clinics.plan(rounds=10, round_timeout_s=4))
+    job = clinics.submit(clinics.plan(rounds=10, round_timeout_s=6))
     clinics.reach(job, 2)
     cable.cut()
     clinics.deployment.wait_for(lambda: "cannot be reached" in clinics.deployment.log("Celle"), "the agent's word")

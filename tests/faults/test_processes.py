@@ -60,7 +60,7 @@ def test_a_site_killed_for_good_is_left_behind(clinics: Any) -> None:
 
 
 def test_too_few_sites_end_the_run_and_it_can_be_resumed(clinics: Any) -> None:
-    job = clinics.submit(clinics.plan(round_timeout_s=3))
+    job = clinics.submit(clinics.plan(round_timeout_s=8))
     clinics.reach(job, 2)
     for name in ("Aachen", "Bonn"):
         clinics.deployment.kill(name)
@@ -86,7 +86,7 @@ def test_a_hung_executor_is_seen_ended_and_replaced(clinics: Any, freeze: Callab
 
 
 def test_a_straggler_misses_a_round_and_is_not_counted_twice(clinics: Any, freeze: Callable[[int], None]) -> None:
-    job = clinics.submit(clinics.plan(rounds=12, round_timeout_s=2))
+    job = clinics.submit(clinics.plan(rounds=12, round_timeout_s=4))
     clinics.reach(job, 2)
     executor = clinics.executor("Celle")
     freeze(executor)
@@ -100,7 +100,7 @@ def test_a_straggler_misses_a_round_and_is_not_counted_twice(clinics: Any, freez
 
 
 def test_an_agent_that_hangs_does_not_hold_up_the_run(clinics: Any, freeze: Callable[[int], None]) -> None:
-    job = clinics.submit(clinics.plan(rounds=5, round_timeout_s=2))
+    job = clinics.submit(clinics.plan(rounds=5, round_timeout_s=4))
     clinics.reach(job, 2)
     freeze(clinics.deployment.processes["Celle"].pid)
     state = clinics.finish(job)
