@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 import threading
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -60,15 +59,16 @@ def init(
 ) -> None:
     """Make the site's folder with its key and site.toml, and enrol; asks for what no option says."""
     from veil.client.joining import SITE_FILE, join
+    from veil.client.questions import answered, as_map, as_table
     from veil.common.invitation import Invitation
 
     given: dict[str, dict[str, Any]] = {
         "data": {
-            "table": _table(table),
+            "table": as_table(table),
             "query": query,
             "password_file": password_file and str(password_file.absolute()),
             "label": label,
-            "labels": _label_map(label_map or []),
+            "labels": as_map(label_map or []),
             "text": text,
             "image": image,
             "features": feature or None,
@@ -89,7 +89,7 @@ def init(
             "metrics_address": metrics_address,
         },
     }
-    file = join(Invitation.read(invitation), home, lambda: _answers(given))
+    file = join(Invitation.read(invitation), home, lambda: answered(given))
     typer.echo(f"{file.name} is enrolled at {file.coordinator.url}; its settings are in {home / SITE_FILE}")
     typer.echo(f"next: veil site doctor --home {home}, then veil site start --home {home}")
 
@@ -300,63 +300,6 @@ def _show(asked: Asked, file: SiteFile) -> None:
 
     for line in describe_plan(asked.plan, asked.job, file, _entries(file)):
         typer.echo(line)
-
-
-def _table(given: str | None) -> str | None:
-    """A path from the shell starts where the shell is, one in site.toml where the file is."""
-    return given if given is None or "://" in given else str(Path(given).absolute())
-
-
-def _label_map(pairs: list[str]) -> dict[str, str] | None:
-    from veil.common.errors import InputError
-
-    if not all("=" in pair for pair in pairs):
-        raise InputError(f"--map {' '.join(pairs)}", "RAW=LABEL", "write the raw label, =, and the plan's label")
-    return dict(pair.split("=", 1) for pair in pairs) or None
-
-
-def _answers(given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The options, and an answer for each that is needed and was not given."""
-    data, limits = given["data"], given["limits"]
-    data["table"] = data["table"] or _table(_ask("Table of the records (file or database URL)", "--table"))
-    data["label"] = data["label"] or _ask("Column with the label", "--label")
-    if not (data["text"] or data["image"] or data["features"]):
-        kind = _ask("What are the records: text, image or features", "--text, --image or --feature")
-        _put_input(data, kind)
-    for name, words in {"epsilon_per_run": "Most ε of one run", "epsilon_lifetime": "Most ε for ever"}.items():
-        if limits[name] is None:
-            limits[name] = _number(_ask(words, f"--{name.replace('_', '-')}"), name)
-    return {
-        part: {key: value for key, value in answers.items() if value is not None} for part, answers in given.items()
-    }
-
-
-def _put_input(data: dict[str, Any], kind: str) -> None:
-    from veil.common.errors import InputError
-
-    keys: dict[str, Literal["text", "image", "features"]] = {"text": "text", "image": "image", "features": "features"}
-    if kind not in keys:
-        raise InputError(f"records of kind {kind!r}", "text, image or features", "answer with one of them")
-    columns = _ask("Column (several numeric ones separated by commas)", "--text, --image or --feature")
-    names = [name.strip() for name in columns.split(",")]
-    data[keys[kind]] = names if kind == "features" else columns
-
-
-def _ask(question: str, option: str) -> str:
-    from veil.common.errors import InputError
-
-    if not sys.stdin.isatty():
-        raise InputError(f"nothing said about: {question}", f"the option {option}", "give it, or run at a terminal")
-    return str(typer.prompt(question))
-
-
-def _number(text: str, name: str) -> float:
-    from veil.common.errors import InputError
-
-    try:
-        return float(text)
-    except ValueError:
-        raise InputError(f"{name} = {text}", "a number", "answer with a number such as 4") from None
 
 
 def _stop_on_signals(stop: threading.Event) -> None:
