@@ -73,6 +73,13 @@ def pickled(request: RoundRequest) -> RecordDict:
     return content
 
 
+def endless(request: RoundRequest) -> RecordDict:
+    content = encode_reply(zeros(request))
+    name = next(iter(content.array_records[ARRAYS]))
+    content[ARRAYS] = ArrayRecord({name: Array(dtype="int64", shape=(2**70,), stype="numpy.ndarray", data=b"")})
+    return content
+
+
 LIES: dict[str, Answer] = {
     "empty": lambda request: RecordDict({CONFIG: ConfigRecord({"nothing": 1})}),
     "wrong shape": points(lambda one: np.zeros(one.size + 1, dtype=np.int64)),
@@ -83,6 +90,7 @@ LIES: dict[str, Answer] = {
     "coarse": with_spacing(1.0),
     "floating point": floats,
     "pickled": pickled,
+    "endless": endless,
     "stale round": lambda request: encode_reply(replace(zeros(request), round=request.round - 1)),
     "another run": lambda request: encode_reply(replace(zeros(request), job="another-run")),
     "another kind": lambda request: encode_reply(

@@ -153,7 +153,7 @@ class Cohort(Section):
 
     @model_validator(mode="after")
     def _robust(self) -> Self:
-        needed = {"trimmed-mean": 2 * self.malicious_sites + 1, "krum": 2 * self.malicious_sites + 3}
+        needed = {"median": 3, "trimmed-mean": 2 * self.malicious_sites + 1, "krum": 2 * self.malicious_sites + 3}
         if self.min_sites < needed.get(self.aggregation, 1):
             raise ValueError(
                 f'min_sites = {self.min_sites} with aggregation = "{self.aggregation}" and malicious_sites = '

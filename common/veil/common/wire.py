@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_to_proto
 from numpy.typing import NDArray
 
@@ -126,6 +126,13 @@ def decode_reply(content: RecordDict) -> RoundReply:
         return RoundReply(site=site, job=job, round=round_, update=update, head=head, units=units)
     except (KeyError, ValueError) as error:
         raise WireError(f"reply: {type(error).__name__}: {error}") from None
+
+
+def refuses(reply: Message) -> bool:
+    """Whether a site's reply, to whatever question, is an error or a refusal."""
+    if not reply.has_content():
+        return True
+    return "refusal" in reply.content.config_records.get(CONFIG, {})
 
 
 def encode_offer(offer: Offer) -> RecordDict:

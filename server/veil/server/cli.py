@@ -62,11 +62,12 @@ def init(
         check_brought(certificate, key, host)
         named = {"certificate": certificate, "key": key, "ca": ca}
         settings = settings.model_copy(update={name: str(path.resolve()) for name, path in named.items()})
-        made = Home.create(home, settings)
     else:
-        made = Home.create(home, settings)
-        make_authority(made.folder / "pki", f"Veil coordinator {host[0]}"[:64])
-        issue_certificate(made.folder / "pki", host)
+        Home.refuse_existing(home)
+        if not (home / "pki" / "ca.pem").exists():  # an init that was cut off left one
+            make_authority(home / "pki", f"Veil coordinator {host[0]}"[:64])
+        issue_certificate(home / "pki", host)
+    made = Home.create(home, settings)
     typer.echo(f"made {made.folder}; sites will reach it at {made.url}")
     typer.echo(f"next: veil coordinator start --home {home}")
 

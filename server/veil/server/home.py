@@ -96,14 +96,23 @@ class Home:
         Raises:
             InputError: when there is one already.
         """
-        path = folder / SETTINGS_NAME
-        if path.exists():
-            raise InputError(f"{path} exists", "a folder without a coordinator", "choose another, or edit the file")
+        cls.refuse_existing(folder)
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o700)
         (folder / "runs").mkdir(exist_ok=True)
-        path.write_text(_settings_text(settings), encoding="utf-8")
+        (folder / SETTINGS_NAME).write_text(_settings_text(settings), encoding="utf-8")
         return cls.open(folder)
+
+    @staticmethod
+    def refuse_existing(folder: Path) -> None:
+        """Look whether a folder is free.
+
+        Raises:
+            InputError: when there is a coordinator in it.
+        """
+        path = folder / SETTINGS_NAME
+        if path.exists():
+            raise InputError(f"{path} exists", "a folder without a coordinator", "choose another, or edit the file")
 
     @property
     def url(self) -> str:

@@ -7,14 +7,18 @@ the sites' ledgers know it by.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 
+from veil.common.durable import sync_folder, write_new
 from veil.common.errors import InputError
 from veil.common.plan import RunPlan
 
@@ -79,10 +83,11 @@ class Job:
         name = f"{plan.name}-{uuid.uuid4().hex[:12]}"
         partial = runs / f".{name}.partial"
         partial.mkdir(parents=True)
-        (partial / "plan.json").write_text(plan.public().to_json(), encoding="utf-8")
-        (partial / "sites.json").write_text(json.dumps(sites), encoding="utf-8")
+        write_new(partial / "plan.json", plan.public().to_json().encode("utf-8"))
+        write_new(partial / "sites.json", json.dumps(sites).encode("utf-8"))
         job = cls(folder=runs / name)
         partial.rename(job.folder)
+        sync_folder(runs)
         return job
 
     @classmethod
@@ -146,6 +151,13 @@ class Job:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(self.folder / "status.json")
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """The right to work on the run; waits for a runner that is about to end."""
+        with (self.folder / "lock").open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def beat(self) -> None:
         """Say that its runner is at work."""

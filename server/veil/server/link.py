@@ -14,9 +14,10 @@ from typing import cast
 
 from fastapi import APIRouter, FastAPI, HTTPException, Request, Response, status
 from flwr.proto.fleet_pb2 import PushMessagesRequest
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PullObjectRequest
 from flwr.server.superlink.linkstate import LinkStateFactory, SqlLinkState
 from flwr.supercore.error import http_error_translator
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
 from flwr.supercore.utils import uint64_to_int64
@@ -39,6 +40,10 @@ WITH RECURSIVE holder (id) AS (
 SELECT 1 FROM message_ins JOIN holder ON message_id = holder.id WHERE dst_node_id = :node_id LIMIT 1
 """
 """Whether an object is, or is part of, a message to a node."""
+
+
+MAX_OBJECTS = 64
+"""Most parts of one reply; each is a request body at most."""
 
 
 def open_link_state(database: Path) -> LinkStateFactory:
@@ -88,23 +93,30 @@ def link_app(database: Path, *routers: APIRouter) -> FastAPI:
 
 
 async def _own_messages_only(request: Request, call_next: RequestResponseEndpoint) -> Response:
-    """Refuse what an authenticated node asks about another's messages: Flower checks the envelope only."""
+    """Refuse what an authenticated node asks about another's messages, and a reply of too many parts."""
     body = getattr(request.state, "protobuf_request", None)
     if request.url.path.startswith(_FLEET) and not await run_in_threadpool(_is_own, body, request):
-        raise HTTPException(status_code=status.HTTP_403_FORBIDDEN, detail="another node's message")
+        raise HTTPException(
+            status_code=status.HTTP_403_FORBIDDEN, detail="another node's message, or one of too many parts"
+        )
     return await call_next(request)
 
 
 def _is_own(body: object, request: Request) -> bool:
-    """Whether a fleet request concerns no message but the sender's."""
+    """Whether a fleet request concerns no message but the sender's, and pushes none of too many parts."""
     if isinstance(body, PushMessagesRequest):
-        return all(message.metadata.src_node_id == body.node.node_id for message in body.messages_list)
+        own = all(message.metadata.src_node_id == body.node.node_id for message in body.messages_list)
+        return own and all(_objects(tree) <= MAX_OBJECTS for tree in body.message_object_trees)
     state = cast(SqlLinkState, request.app.state.linkstate_factory.state())
     if isinstance(body, PullObjectRequest):
         return _is_addressed(state, body.object_id, body.node.node_id)
     if isinstance(body, ConfirmMessageReceivedRequest):
         return _is_addressed(state, body.message_object_id, body.node.node_id)
     return True
+
+
+def _objects(tree: ObjectTree) -> int:
+    return sum(1 for _ in iterate_object_tree(tree))
 
 
 def _is_addressed(state: SqlLinkState, object_id: str, node_id: int) -> bool:

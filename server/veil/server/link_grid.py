@@ -7,6 +7,7 @@ a question to a site that restarted is asked again: the site's ledger answers it
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -31,8 +32,10 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+from sqlalchemy.exc import SQLAlchemyError
 
 from veil.common.errors import RunError
+from veil.common.wire import refuses
 
 _POLL_S = 0.05
 _HEARTBEAT_S = 10.0
@@ -44,6 +47,8 @@ ABSENCE_S = 10.0
 
 GRACE_S = 2.0
 """How long, at least, a round waits for a site that missed the last deadline once all others have replied."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -64,6 +69,10 @@ class _Arrival:
     node_id: int
 
 
+class RunLostError(Exception):
+    """Flower counts this run as ended, as after a machine that slept; another process can go on with the job."""
+
+
 class LinkGrid(Grid):
     """One run's messages to the sites of a cohort.
 
@@ -74,7 +83,7 @@ class LinkGrid(Grid):
 
     Attributes:
         cohort: Flower node ids of the sites to ask.
-        enough: replies with which a round need not wait for sites that are absent or were late before.
+        enough: replies, refusals not counted, with which a round need not wait for sites that are absent or were late.
     """
 
     def __init__(self, state: LinkState, *, stopped: Callable[[], bool] = lambda: False, enough: int = 1) -> None:
@@ -83,6 +92,7 @@ class LinkGrid(Grid):
         self._state, self._stopped = state, stopped
         self._run_id = 0
         self._late: set[int] = set()
+        self._lost = threading.Event()
 
     @contextmanager
     def running(self) -> Iterator[LinkGrid]:
@@ -95,7 +105,7 @@ class LinkGrid(Grid):
         self._run_id = state.create_run("", "", "", {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, TaskType.SERVER_APP)
         task = self.run.primary_task_id if self._run_id else None
         if not (task and state.claim_task(task) and state.activate_task(task)):
-            raise RunError("Flower did not grant a run", "a new run", "look into the link's log")
+            raise RunError("Flower did not grant a run", "a new run", "look into the coordinator's log")
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = self._run_id, task, SUPERLINK_NODE_ID
         ended = threading.Event()
         beating = threading.Thread(target=self._beat, args=(task, ended), daemon=True)
@@ -151,6 +161,7 @@ class LinkGrid(Grid):
 
         Raises:
             RunError: when the operator stops the run.
+            RunLostError: when Flower ended it.
         """
         now = time.monotonic()
         round_ = _Round(grid=self, began=now, deadline=None if timeout is None else now + timeout)
@@ -158,8 +169,7 @@ class LinkGrid(Grid):
             round_.open[message.metadata.dst_node_id] = _Question(message=message)
         try:
             while not round_.step():
-                if self._stopped():
-                    raise RunError("the run was stopped", "a run to its end", "veil coordinator run starts another")
+                self._go_on()
                 time.sleep(_POLL_S)
         finally:
             self._state.delete_messages({q.message_id for q in round_.open.values() if q.message_id})
@@ -167,9 +177,21 @@ class LinkGrid(Grid):
         self._late = (self._late - asked) | set(round_.open)
         return round_.replies
 
+    def _go_on(self) -> None:
+        if self._stopped():
+            raise RunError("the run was stopped", "a run to its end", "veil coordinator resume goes on with it")
+        if self._lost.is_set():
+            raise RunLostError(f"Flower ended run {self._run_id}")
+
     def _beat(self, task: int, ended: threading.Event) -> None:
         while not ended.wait(_HEARTBEAT_S):
-            self._state.acknowledge_task_heartbeat(task)
+            try:
+                known = self._state.acknowledge_task_heartbeat(task)
+            except SQLAlchemyError:
+                _log.warning("no heartbeat now", exc_info=True)
+            else:
+                if not known:
+                    self._lost.set()
 
     def _nodes(self, ids: Collection[int]) -> dict[int, NodeInfo]:
         return {info.node_id: info for info in self._state.get_node_info(node_ids=list(ids))} if ids else {}
@@ -292,7 +314,7 @@ class _Round:
     def _closed(self, now: float) -> bool:
         if self.deadline is not None and now >= self.deadline:
             return True
-        if len(self.replies) < self.grid.enough:
+        if sum(not refuses(reply) for reply in self.replies) < self.grid.enough:
             return False
         if any(self._worth_waiting(node, question, now) for node, question in self.open.items()):
             self.punctual_at = None

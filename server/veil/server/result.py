@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 from veil.common.backbone import FrozenBackbone, load_backbone
+from veil.common.durable import sync_file, sync_folder
 from veil.common.errors import PlanError
 from veil.common.head import initial_adapter
 from veil.common.plan import RunPlan
@@ -55,7 +56,10 @@ def write_result(plan: RunPlan, home: Home, job: Job, state: RunState, seconds: 
     tuned.save(partial / "model")
     report = build_run_report(plan, job.name, state, seconds)
     (partial / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    for path in sorted(partial.rglob("*")):
+        sync_file(path)
     partial.rename(result)
+    sync_folder(result.parent)
 
 
 def _backbone(plan: RunPlan, shelf: Path) -> FrozenBackbone | None:

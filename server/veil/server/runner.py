@@ -16,6 +16,7 @@ from contextlib import closing
 from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
+from sqlalchemy.exc import SQLAlchemyError
 
 from veil.common.delivery import Chunk, Manifest, Progress, Standing
 from veil.common.errors import RefusalCode, RunError, VeilError
@@ -40,7 +41,7 @@ from veil.server.delivery import BackboneShelf, deliver
 from veil.server.home import Home
 from veil.server.jobs import Job, Phase
 from veil.server.link import open_link_state
-from veil.server.link_grid import LinkGrid
+from veil.server.link_grid import LinkGrid, RunLostError
 from veil.server.result import initial_state, write_result
 from veil.server.roster import Roster
 from veil.server.state import RunState
@@ -74,6 +75,8 @@ class Runner:
         Raises:
             VeilError: when it cannot be finished; the checkpoint stays.
         """
+        if self._job.stop_wanted:
+            raise RunError("the run was stopped", "a run to its end", "veil coordinator resume goes on with it")
         self._job.note(rounds=len(schedule(self.plan)))
         state = self._recover()
         if state is None:
@@ -115,18 +118,21 @@ class Runner:
     def _offer(self, until: float) -> dict[str, OfferReply]:
         content = encode_offer(Offer(plan=self.plan, job=self._job.name))
         answers: dict[str, OfferReply] = {}
+        patience = _OFFER_S
         while True:
-            undecided = [name for name in self._nodes if _undecided(answers.get(name))]
+            undecided = {name for name in self._nodes if _undecided(answers.get(name))}
             if not undecided or time.monotonic() >= until:
                 return answers
             asked = dict.fromkeys(undecided, (OFFER, content))
-            for name, reply in self._ask(asked, min(_OFFER_S, until - time.monotonic())).items():
+            for name, reply in self._ask(asked, min(patience, until - time.monotonic())).items():
                 try:
                     answers[name] = decode_offer_reply(reply)
                 except WireError:
                     answers[name] = _malformed(self._job.name)
             said = {name: str(answer.refusal or answer.willingness) for name, answer in answers.items()}
             self._job.note(sites=said)
+            if undecided - answers.keys():
+                patience = min(2 * patience, _PIECE_S)  # hashing a large backbone takes a site long
             time.sleep(_ASK_AGAIN_S)
 
     def _ask(self, questions: Mapping[str, tuple[str, RecordDict]], timeout_s: float) -> dict[str, RecordDict]:
@@ -224,11 +230,14 @@ def run_job(home: Home, job: Job) -> None:
 
     grid = LinkGrid(state, stopped=stopped)
     try:
-        with grid.running():
+        with job.exclusive(), grid.running():
             Runner(home, job, grid, nodes).run()
     except VeilError as error:
         _log.error("run %s: %s", job.name, error)
         job.note(phase=Phase.STOPPED if job.stop_wanted else Phase.FAILED, message=str(error))
+    except (OSError, SQLAlchemyError, RunLostError):
+        _log.exception("the runner of %s gives up; another one goes on from the checkpoint", job.name)
+        sys.exit(1)
     except Exception:
         _log.exception("run %s failed", job.name)
         job.note(phase=Phase.FAILED, message=traceback.format_exc(limit=-1).strip().splitlines()[-1])

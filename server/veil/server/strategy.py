@@ -7,6 +7,7 @@ fewer sites than the plan's minimum stops the run.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,6 @@ from veil.common.plan import RunPlan
 from veil.common.schedule import Release, schedule
 from veil.common.update import Update
 from veil.common.wire import (
-    WireError,
     decode_reply,
     encode_adapter,
     encode_request,
@@ -29,6 +29,8 @@ from veil.common.wire import (
 )
 from veil.server.state import RoundRecord, RunState
 from veil.server.validation import counted_units, validate
+
+_log = logging.getLogger(__name__)
 
 
 class SumOfUpdates(FedAvg):
@@ -94,7 +96,6 @@ class SumOfUpdates(FedAvg):
             if message.has_error():
                 intake.refusals[self._name(message.metadata.src_node_id)] = RefusalCode.INTERNAL.value
                 continue
-            intake.bytes_up = max(intake.bytes_up, payload_bytes(message.content))
             self._take(message, release, intake)
         if len(intake.accepted) < self.plan.cohort.min_sites:
             raise _too_few(release, len(intake.accepted), self.plan.cohort.min_sites, intake.refusals)
@@ -113,6 +114,11 @@ class SumOfUpdates(FedAvg):
         self._watch(state)
         return encode_adapter(state.descent.adapter), None
 
+    def _most_units(self, site: str) -> float | None:
+        """How many units a site may have: by its own noisy count, or, without one, as many as any site."""
+        counts = self.state.units
+        return counts.get(site, max(counts.values(), default=None))
+
     def _name(self, node_id: int) -> str:
         return self._site_of(node_id) if self._site_of else f"node {node_id}"
 
@@ -121,9 +127,10 @@ class SumOfUpdates(FedAvg):
         try:
             reply = decode_reply(message.content)
             site = node if self._site_of else reply.site
-            units = self.state.units.get(site)
-            update = validate(reply, self.job, release, self.state.descent, units=units)
-        except WireError:
+            update = validate(reply, self.job, release, self.state.descent, units=self._most_units(site))
+            size = payload_bytes(message.content)
+        except Exception:  # hostile content fails in many ways
+            _log.warning("%s sent what cannot be taken", node, exc_info=True)
             intake.refusals[node] = RefusalCode.MALFORMED.value
             return
         if update is None:
@@ -132,7 +139,7 @@ class SumOfUpdates(FedAvg):
         if site in intake.accepted:
             intake.refusals[node] = RefusalCode.REPLAY.value
             return
-        intake.accepted[site] = update
+        intake.accepted[site], intake.bytes_up = update, max(intake.bytes_up, size)
         if reply.head:
             self.state.heads[site] = reply.head
         if reply.units is not None:
@@ -156,5 +163,5 @@ def _too_few(release: Release, replies: int, needed: int, refusals: dict[str, st
     return RunError(
         f"round {release.round} had {replies} usable replies ({why})",
         f"at least cohort.min_sites = {needed}",
-        "ask the refusing sites for their reason, or lower cohort.min_sites",
+        "ask the refusing sites for their reason; veil coordinator resume goes on when they are back",
     )

@@ -86,7 +86,7 @@ class Supervisor:
             raise InputError(
                 f"{self.home.folder} is in use by process {other}",
                 "one coordinator for one folder",
-                "veil coordinator status shows it; end it first",
+                "end that process first",
             ) from None
         os.ftruncate(handle, 0)
         os.write(handle, str(os.getpid()).encode("ascii"))
@@ -99,8 +99,11 @@ class Supervisor:
         """Keep everything going until told to stop; then end the children."""
         try:
             while not stop.is_set():
-                self._keep_link()
-                self._keep_runners()
+                for keep in (self._keep_link, self._keep_runners):
+                    try:
+                        keep()
+                    except OSError as error:
+                        _log.error("the coordinator's folder cannot be used now: %s", error)
                 stop.wait(_TICK_S)
         finally:
             for runner in self._runners.values():
@@ -199,7 +202,7 @@ class Supervisor:
             "the runner of %s was lost (code %s) after round %d", job.name, runner.child.exit_code, status.rounds_done
         )
         if losses > MOST_LOSSES:
-            job.note(phase=Phase.FAILED, message=f"its runner was lost {losses} times; the link's log has more")
+            job.note(phase=Phase.FAILED, message=f"its runner was lost {losses} times; the coordinator's log has more")
         else:
             time.sleep(max(0.0, runner.child.started_at + _RESTART_S - time.monotonic()))
             self._start(job, losses)

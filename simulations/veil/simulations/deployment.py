@@ -71,13 +71,21 @@ class Deployment:
 
     def __enter__(self) -> Self:
         """Start the coordinator and wait until its link answers."""
-        self.start_coordinator()
+        try:
+            self.start_coordinator()
+        except BaseException:
+            self.end()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End whatever still runs, the sites first."""
+        """End whatever still runs."""
+        self.end()
+
+    def end(self) -> None:
+        """End every process, the sites' first."""
         for name in sorted(self.processes, key=lambda name: name == "coordinator"):
             self.processes[name].end()
         self.processes.clear()
