@@ -56,15 +56,18 @@ def test_an_approval_holds_for_one_job_only(approvals: Approvals, make_plan: Mak
     assert approvals.decision("other", plan.sha256) == "pending"
 
 
-def test_another_plan_under_the_same_job_is_pending_again(approvals: Approvals, make_plan: MakePlan) -> None:
+@pytest.mark.parametrize("approve", [True, False])
+def test_another_plan_does_not_wipe_out_the_operators_word(
+    approvals: Approvals, make_plan: MakePlan, approve: bool
+) -> None:
     plan, other = make_plan(), make_plan(target_epsilon=2.0)
     approvals.note("job", plan)
-    approvals.decide("job", approve=True, plan_sha256=plan.sha256)
+    approvals.decide("job", approve=approve, plan_sha256=plan.sha256)
+    with pytest.raises(RefusalError) as caught:
+        approvals.note("job", other)
+    assert caught.value.code is RefusalCode.PLAN_CHANGED
     assert approvals.decision("job", other.sha256) == "pending"
-    approvals.note("job", other)
-    assert approvals.decision("job", other.sha256) == "pending"
-    assert approvals.decision("job", plan.sha256) == "pending"
-    assert [asked.plan_sha256 for asked in approvals.runs()] == [other.sha256]
+    assert approvals.note("job", plan).decision == ("approved" if approve else "refused")
 
 
 def test_a_plan_that_was_swapped_while_the_operator_read_is_not_approved(

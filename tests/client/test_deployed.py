@@ -87,7 +87,8 @@ def test_an_approval_is_not_of_another_plan(make_plan: MakePlan, make_home: Make
     operator = Operator(approvals, allowing(make_home(), ASK))
     operator.consent("job", plan)
     approvals.decide("job", approve=True, plan_sha256=plan.public().sha256)
-    assert operator.consent("job", make_plan(target_epsilon=2.0)) is Consent.PENDING
+    with pytest.raises(RefusalError, match="another plan"):
+        operator.consent("job", make_plan(target_epsilon=2.0))
     assert operator.consent("other", plan) is Consent.PENDING
 
 

@@ -139,7 +139,17 @@ class Clinics:
             self.deployment.start_coordinator()
         for name in self.deployment.sites:
             if name not in self.deployment.processes:
-                self.deployment.start_site(name)
+                self.restart(name)
+
+    def restart(self, name: str) -> None:
+        """Start a site and wait for its own word: Flower counts a killed one as connected for a while."""
+
+        def connections() -> int:
+            return self.deployment.log(name).count("connected to the coordinator")
+
+        before = connections()
+        self.deployment.start_site(name)
+        self.deployment.wait_for(lambda: connections() > before, f"{name} connected", FINISH_S)
 
 
 def write_table(path: Path, seed: int, count: int = 60) -> Path:

@@ -77,7 +77,8 @@ class Approvals:
         """Write down that a run asks, unless this job asked with this plan before; another plan asks anew.
 
         Raises:
-            RefusalError: with the code `approval` when too many wait, `malformed` for a plan that is too long.
+            RefusalError: with the code `approval` when too many wait, `malformed` for a plan that is too long,
+                `plan-changed` for another plan under a job that the operator decided about: the word stays.
         """
         public = plan.public()
         text, digest = public.to_json(), public.sha256
@@ -89,7 +90,14 @@ class Approvals:
             known = self._read(self._path(job))
             if known is not None and known.plan_sha256 == digest:
                 return known
-            if known is None or known.decision is not Decision.PENDING:
+            if known is not None and known.decision is not Decision.PENDING:
+                raise RefusalError(
+                    RefusalCode.PLAN_CHANGED,
+                    f"job {job!r} with another plan than the one that was {known.decision}",
+                    "the plan that the operator decided about",
+                    "the coordinator can start a new job with the new plan",
+                )
+            if known is None:
                 self._refuse_flood()
             asked = Asked(job=job, plan_sha256=digest, plan_json=text, first_seen=_now())
             self._write(asked)

@@ -94,6 +94,8 @@ class Connection:
                 NodeAuthHttpInterceptor(key.private, key.private.public_key()),
             ],
         )
+        # a redirect would let the coordinator choose whom this machine calls within the site's network
+        self._client._client.follow_redirects = False
         self._node = Node()
         self._bundles: dict[int, bool] = {}
         self._ended = threading.Event()

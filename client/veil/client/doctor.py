@@ -7,7 +7,6 @@ the others from being made.
 
 from __future__ import annotations
 
-import os
 import shutil
 import ssl
 import time
@@ -127,7 +126,9 @@ def _disk(file: SiteFile) -> Sequence[str]:
 
 
 def _memory() -> Sequence[str]:
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if not Path("/proc/meminfo").exists():
+        return ["not known on this system"]
+    available = 0
     for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) << 10

@@ -16,8 +16,6 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from veil.common.errors import TableError
-
 
 class Encoder(Protocol):
     """What turns records into features: see `veil.common.backbone.FrozenBackbone`."""
@@ -59,22 +57,15 @@ def cached_features(
         advance: called with the number of records done, for progress.
 
     Returns:
-        [n, width], memory-mapped read-only.
+        [n, width], memory-mapped read-only; a row that is not finite counts as zero later (`unit_rows`), so that no
+        word of a hostile backbone's choice becomes an error that tells of a record.
 
     Raises:
         TableError: a record cannot be read.
     """
     path = folder / f"{_key(encoder, inputs)}.npy"
     if not path.exists():
-        features = encoder.encode(inputs, advance=advance)
-        if not np.isfinite(features).all():
-            row = int(np.flatnonzero(~np.isfinite(features).all(axis=1))[0])
-            raise TableError(
-                f"record {row} has features that are not finite",
-                "finite numbers from the backbone",
-                "look at that record; leave it out of the table",
-            )
-        _write(path, features)
+        _write(path, encoder.encode(inputs, advance=advance))
     elif advance is not None:
         advance(len(inputs))
     mapped: NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)

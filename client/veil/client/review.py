@@ -89,7 +89,7 @@ def review_history(request: RoundRequest, ledger: Ledger) -> None:
             RefusalCode.LEDGER,
             f"the coordinator saw ledger line {request.witness}, which is not in this ledger",
             "a ledger with every line this site ever answered from",
-            "restore the newest copy; veil site ledger verify and PRIVACY.md say how to go on without one",
+            "restore the newest copy; without one, veil site ledger write-off --covers that line counts what is lost",
         )
 
 

@@ -42,6 +42,7 @@ def serve_site(path: Path, file: SiteFile, stop: threading.Event, *, executor: s
     """
     key, ca = NodeKey.load(file.agent.key), _read_ca(file)
     file.agent.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    os.environ["HF_HUB_OFFLINE"] = "1"  # inherited by the executor: no delivered configuration makes it call a hub
     workbench = Workbench(path.absolute(), file.agent.round_timeout_s, executor)
     agent = Agent(
         site=file.name,
