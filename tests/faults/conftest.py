@@ -168,7 +168,7 @@ def enrol(deployment: Deployment, name: str, *, limits: Limits = LIMITS, **agent
     table = write_table(deployment.folder / f"{name}.csv", seed=sum(map(ord, name)))
     data = {"table": str(table), "features": list(COLUMNS), "label": "outcome"}
     health = f"127.0.0.1:{free_ports(1)[0]}"
-    deployment.add_site(name, data=data, limits=limits, health_address=health, round_timeout_s=6.0, **agent)
+    deployment.add_site(name, data=data, limits=limits, health_address=health, round_timeout_s=12.0, **agent)
 
 
 @pytest.fixture(scope="session")
