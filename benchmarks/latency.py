@@ -91,7 +91,7 @@ REPORT = """\
 From asking three sites to having aggregated their replies: a head on MiniLM's features, the demo's records, everything
 on one machine with 2 CPU cores, one system after the other. Both run Veil's ServerApp and ClientApp. Written by
 
-    python benchmarks/latency.py
+    python benchmarks/latency.py --rounds {rounds} --stock-rounds {stock_rounds}
 
 | system | rounds | median after the first (smallest to largest) | first |
 |---|---|---|---|
@@ -211,7 +211,10 @@ def main() -> None:
         f"| {WHO[name]} | {one['rounds']} | {one['median_s']} ({one['min_s']} to {one['max_s']}) | {one['first_s']} |"
         for name, one in figures.items()
     ]
-    (HERE / "LATENCY.md").write_text(REPORT.format(rows="\n".join(rows), ratio=ratio), encoding="utf-8")
+    (HERE / "LATENCY.md").write_text(
+        REPORT.format(rows="\n".join(rows), ratio=ratio, rounds=asked.rounds, stock_rounds=asked.stock_rounds),
+        encoding="utf-8",
+    )
     print(json.dumps({**figures, "ratio": round(ratio, 1)}, indent=2))
 
 
