@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -190,21 +191,13 @@ def test_a_revoked_site_is_out_at_once(clinics: Any, tmp_path: Any) -> None:
 
 
 def test_an_unregistered_key_is_not_admitted_and_the_operator_reads_so(clinics: Any) -> None:
-    deployment = clinics.deployment
-    deployment.kill("Celle")
-    path = deployment.sites["Celle"].agent.key
-    kept, node = path.read_bytes(), deployment.sites["Celle"].agent.state / "node"
-    path.unlink()
-    NodeKey.generate().save(path)
-    node.unlink()
-    ledger = deployment.sites["Celle"].agent.state / "ledger.sqlite"
-    anchor = deployment.sites["Celle"].agent.anchor
-    aside = [one.rename(one.with_name(f"{one.name}.aside")) for one in (ledger, anchor) if one.exists()]
+    deployment, agent = clinics.deployment, clinics.deployment.sites["Celle"].agent
+    deployment.processes.pop("Celle").end()
+    own = {path: path.rename(path.with_name(f"{path.name}.own")) for path in (agent.state, agent.key, agent.anchor)}
+    NodeKey.generate().save(agent.key)
     deployment.start_site("Celle")
     deployment.wait_for(lambda: "does not admit this site's key" in deployment.log("Celle"), "the agent's word")
-    deployment.kill("Celle")
-    for one in aside:
-        one.rename(one.with_name(one.name.removesuffix(".aside")))
-    path.unlink()
-    path.touch(mode=0o600)
-    path.write_bytes(kept)
+    deployment.processes.pop("Celle").end()
+    shutil.rmtree(agent.state)
+    for path, kept in own.items():
+        kept.replace(path)
