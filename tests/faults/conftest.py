@@ -20,6 +20,7 @@ import pytest
 from veil.client.ledger import entries_of
 from veil.client.lines import LineFile
 from veil.client.verification import verify
+from veil.common.health import serving
 from veil.common.keys import NodeKey
 from veil.common.plan import RunPlan
 from veil.common.schedule import schedule
@@ -141,6 +142,12 @@ class Clinics:
             if name not in self.deployment.processes:
                 self.restart(name)
 
+    def at_work(self) -> None:
+        """Wait until every site is connected and its executor answers: health says working, not process up."""
+        self.connected(*self.deployment.sites)
+        addresses = [file.agent.health_address for file in self.deployment.sites.values()]
+        self.deployment.wait_for(lambda: all(map(serving, addresses)), "every site at work", FINISH_S)
+
     def restart(self, name: str) -> None:
         """Start a site and wait for its own word: Flower counts a killed one as connected for a while."""
 
@@ -189,7 +196,7 @@ def clinics(open_clinics: Callable[[], Deployment]) -> Iterator[Clinics]:
             enrol(deployment, name)
             deployment.start_site(name)
         opened = Clinics(deployment=deployment)
-        opened.connected(*SITES)
+        opened.at_work()
         yield opened
 
 
@@ -200,7 +207,7 @@ def _mended(request: pytest.FixtureRequest) -> Iterator[None]:
     if "clinics" in request.fixturenames:
         clinics: Clinics = request.getfixturevalue("clinics")
         clinics.mend()
-        clinics.connected(*SITES)
+        clinics.at_work()
 
 
 @pytest.fixture

@@ -48,7 +48,8 @@ def test_killed_while_the_run_is_offered_in_the_first_round_and_in_the_middle(cl
     strike(clinics, victim)
     state = clinics.finish(job)
     assert state.cohort == ("Aachen", "Bonn", "Celle")
-    assert state.records[-1].sites == ("Aachen", "Bonn", "Celle"), "the victim takes part again"
+    afterwards = {record.round: record.sites for record in state.records[4:]}
+    assert ("Aachen", "Bonn", "Celle") in afterwards.values(), f"the victim takes part again: {state.records}"
 
 
 def test_a_site_killed_for_good_is_left_behind(clinics: Any) -> None:

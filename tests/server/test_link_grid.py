@@ -7,6 +7,7 @@ The link state is Flower's own; what sites do happens between two looks of the g
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -510,3 +511,17 @@ def test_a_run_that_is_not_granted_is_an_error_for_a_person() -> None:
     grid = LinkGrid(cast(LinkState, Refusing()))
     with pytest.raises(RunError, match="did not grant"), grid.running():
         raise AssertionError("a run without a run")
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_slow_site_that_fell_behind_can_return(ask: Ask, make_site: MakeSite) -> None:
+    """Its grace is twice its last reply, although that is longer than the others took."""
+    one, slow = make_site(), make_site()
+
+    def pause() -> None:
+        time.sleep(SHORT_S)
+
+    ask([one, slow], lambda: one.answer(said("one")), pause, lambda: slow.answer(said("slow")))
+    ask([one, slow], lambda: one.answer(said("two")), timeout=SHORT_S)
+    replies = ask([one, slow], lambda: one.answer(said("three")), pause, lambda: slow.answer(said("back")))
+    assert words(replies) == {one.node_id: "three", slow.node_id: "back"}

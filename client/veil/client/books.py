@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from veil.client.chain import Head, Line
-from veil.common.privacy import Mechanism, PrivacySpent, spent
+from veil.common.privacy import Mechanism, PrivacySpent, spent_over_runs
 from veil.common.schedule import Release
 
 WRITE_OFF = "write-off"
@@ -111,4 +111,7 @@ def total(entries: Sequence[Entry], delta: float, job: str | None = None) -> Pri
     counted = [entry for entry in entries if job is None or entry.job == job]
     if any(entry.noise != "os" for entry in counted):
         return PrivacySpent(epsilon=math.inf, delta=delta, by_accountant={})
-    return spent([entry.mechanism for entry in counted], delta)
+    runs: dict[str, list[Mechanism]] = {}
+    for entry in counted:
+        runs.setdefault(entry.job, []).append(entry.mechanism)
+    return spent_over_runs(runs.values(), delta)

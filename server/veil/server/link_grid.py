@@ -46,7 +46,7 @@ ABSENCE_S = 10.0
 """How long a round with enough replies waits for a site that is not connected."""
 
 GRACE_S = 2.0
-"""How long, at least, a round waits for a site that missed the last deadline once all others have replied."""
+"""How long, at least, a round waits for a site that missed the last one once all others have replied."""
 
 _log = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ class LinkGrid(Grid):
         self._state, self._stopped = state, stopped
         self._run_id = 0
         self._late: set[int] = set()
+        self._last_s: dict[int, float] = {}
         self._lost = threading.Event()
 
     @contextmanager
@@ -175,7 +176,12 @@ class LinkGrid(Grid):
             self._state.delete_messages({q.message_id for q in round_.open.values() if q.message_id})
         asked = {message.metadata.src_node_id for message in round_.replies} | set(round_.open)
         self._late = (self._late - asked) | set(round_.open)
+        self._last_s.update(round_.seconds)
         return round_.replies
+
+    def _patience_s(self, node: int) -> float:
+        """How long a late site is waited for: twice its last reply, so that a slow one that fell behind can return."""
+        return max(GRACE_S, 2 * self._last_s.get(node, 0.0))
 
     def _go_on(self) -> None:
         if self._stopped():
@@ -271,6 +277,7 @@ class _Round:
     punctual_at: float | None = None
     open: dict[int, _Question] = field(default_factory=dict)
     replies: list[Message] = field(default_factory=list)
+    seconds: dict[int, float] = field(default_factory=dict)
     arrivals: dict[str, _Arrival] = field(default_factory=dict)
 
     def step(self) -> bool:
@@ -283,6 +290,7 @@ class _Round:
         for node, message in self.grid._inflate(self.arrivals):
             if self.open.pop(node, None) is not None:
                 self.replies.append(message)
+                self.seconds[node] = now - self.began
         for node, question in self.open.items():
             self._ask(question, nodes.get(node), now)
         return not self.open or self._closed(now)
@@ -320,8 +328,9 @@ class _Round:
             self.punctual_at = None
             return False
         self.punctual_at = self.punctual_at or now
-        late_but_there = any(question.absent_since is None for question in self.open.values())
-        return not late_but_there or now - self.punctual_at > max(GRACE_S, self.punctual_at - self.began)
+        late = [node for node, question in self.open.items() if question.absent_since is None]
+        patience_s = max((self.grid._patience_s(node) for node in late), default=0.0)
+        return not late or now - self.punctual_at > max(patience_s, self.punctual_at - self.began)
 
     def _worth_waiting(self, node: int, question: _Question, now: float) -> bool:
         if node in self.grid._late:

@@ -4,7 +4,7 @@
 Promises that every figure errs to the private side and that nothing here reads a record.
 """
 
-from veil.common.privacy.accounting import gaussian_mu_squared, spent
+from veil.common.privacy.accounting import gaussian_mu_squared, spent, spent_over_runs
 from veil.common.privacy.calibration import calibrate, gaussian_sigma
 from veil.common.privacy.mechanism import (
     Mechanism,
@@ -24,4 +24,5 @@ __all__ = [
     "gaussian_mu_squared",
     "gaussian_sigma",
     "spent",
+    "spent_over_runs",
 ]

@@ -72,6 +72,19 @@ def spent(mechanisms: Iterable[Mechanism], delta: float) -> PrivacySpent:
     return _spent(tuple(sorted((sigma, q, steps) for (sigma, q), steps in terms.items())), delta)
 
 
+def spent_over_runs(runs: Iterable[Iterable[Mechanism]], delta: float) -> PrivacySpent:
+    """What several runs together cost one unit.
+
+    Args:
+        runs: each run's mechanisms, fixed before that run began.
+        delta: δ, above 0 and below 1.
+
+    Raises:
+        ValueError: when δ is out of range.
+    """
+    return spent([mechanism for run in runs for mechanism in run], delta)
+
+
 @lru_cache(maxsize=4096)
 def _spent(terms: tuple[_Term, ...], delta: float) -> PrivacySpent:
     if not terms:
