@@ -11,7 +11,7 @@ import pytest
 from veil.client.books import WRITE_OFF, Books, Entry, total
 from veil.client.chain import genesis, seal
 from veil.common.keys import NodeKey
-from veil.common.privacy import Mechanism, spent
+from veil.common.privacy import Mechanism, spent, spent_over_runs
 from veil.common.schedule import Release, ReleaseKind
 
 MECHANISM = Mechanism(noise_multiplier=8.0, max_grad_norm=0.5)
@@ -99,6 +99,21 @@ def test_the_cost_is_that_of_the_lines_of_a_job_or_of_all() -> None:
     assert total(entries, 1e-5) == spent([MECHANISM] * 3, 1e-5)
     assert total(entries, 1e-5, "a") == spent([MECHANISM] * 2, 1e-5)
     assert total(entries, 1e-5, "c").epsilon == 0.0
+
+
+def test_sampled_runs_compose_by_the_rule_for_plans_that_followed_from_answers() -> None:
+    """A run is a job's lines of one plan: a write-off is another, also for a job that took its name."""
+    sample = Mechanism(noise_multiplier=1.5, max_grad_norm=0.5, sample_rate=0.03, steps=50)
+    one = [Entry(job="a", round=index, mechanism=sample, noise="os", plan="p") for index in (1, 2)]
+    other = Entry(job="b", round=1, mechanism=MECHANISM, noise="os", plan="p")
+    lost = Entry(job=WRITE_OFF, round=0, mechanism=MECHANISM, noise="os", plan="")
+    taken = Entry(job=WRITE_OFF, round=1, mechanism=sample, noise="os", plan="p")
+    assert total(one, 1e-5) == spent([sample, sample], 1e-5)
+    assert total([*one, other], 1e-5) == spent_over_runs([[sample, sample], [MECHANISM]], 1e-5)
+    assert total([lost, *one], 1e-5) == spent_over_runs([[MECHANISM], [sample, sample]], 1e-5)
+    assert total([lost, taken], 1e-5) == spent_over_runs([[MECHANISM], [sample]], 1e-5)
+    assert total([lost, taken], 1e-5).epsilon > 1.05 * spent([MECHANISM, sample], 1e-5).epsilon
+    assert total([*one, other], 1e-5, "a") == spent([sample, sample], 1e-5)
 
 
 @pytest.mark.parametrize("noise", ["fixed", "none", "", "OS"])

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from veil.client.ledger import Entry, Ledger
+from veil.client.ledger import Entry, Ledger, total
 from veil.client.policy import Limits, SitePolicy
 from veil.client.review import affordable, release_of, remaining, review_history, review_plan, review_request
 from veil.common.errors import RefusalCode, RefusalError
 from veil.common.exchange import RoundRequest
 from veil.common.head import CENTRE, WEIGHT
-from veil.common.plan import Backbone, RunPlan
+from veil.common.plan import Backbone, Evaluation, RunPlan
 from veil.common.privacy import Mechanism, spent
 from veil.common.schedule import ReleaseKind, schedule
 from veil.common.update import Adapter
@@ -132,6 +132,22 @@ def test_a_round_the_plan_does_not_have_is_refused(
     assert caught.value.code is RefusalCode.MALFORMED
 
 
+@pytest.mark.parametrize(
+    ("round_", "kind"),
+    [(0, "evaluation"), (1, "evaluation"), (3, "evaluation"), (4, "gradient"), (4, "centre"), (5, "evaluation")],
+)
+def test_an_evaluation_has_its_own_round_and_no_other(
+    round_: int, kind: str, make_plan: MakePlan, make_request: MakeRequest
+) -> None:
+    plan = make_plan().model_copy(update={"evaluation": Evaluation()})
+    assert release_of(make_request(plan, 4)).kind is ReleaseKind.EVALUATION
+    with pytest.raises(RefusalError) as caught:
+        release_of(make_request(plan, round_, kind=ReleaseKind(kind)))
+    assert caught.value.code is RefusalCode.MALFORMED
+    with pytest.raises(RefusalError):
+        release_of(make_request(make_plan(), 4, kind=ReleaseKind.EVALUATION))
+
+
 def entries_of(plan: RunPlan, upto: int, job: str = "job") -> list[Entry]:
     return [
         Entry(job=job, round=one.round, mechanism=one.mechanism, noise="os", plan=plan.sha256)
@@ -199,6 +215,22 @@ def test_a_second_job_adds_to_the_lifetime_and_not_to_the_run(make_plan: MakePla
     assert 3.0 < together < 6.0
     assert verdict(second, done, limits(epsilon_lifetime=together * 1.0001)) == ""
     assert verdict(second, done, limits(epsilon_lifetime=together * 0.9999)) == "lifetime"
+
+
+def test_a_second_sampled_job_is_projected_with_the_rule_it_will_be_charged_by(
+    make_plan: MakePlan, make_request: MakeRequest
+) -> None:
+    """Two runs of sampled steps: a coordinator may have read the first before it planned the second."""
+    plan = make_plan({"algorithm": "dp-fedavg", "sample_rate": 0.2, "rounds": 2})
+    done, next_ = entries_of(plan, 99, job="first"), entries_of(plan, 99, job="second")
+    fixed = spent([entry.mechanism for entry in (*done, *next_)], 1e-5).epsilon
+    charged = total([*done, *next_], 1e-5).epsilon
+    assert charged > 1.05 * fixed
+    second = make_request(plan, 0, job="second")
+    assert verdict(second, done, limits(epsilon_per_run=3.0, epsilon_lifetime=fixed)) == "lifetime"
+    assert verdict(second, done, limits(epsilon_per_run=3.0, epsilon_lifetime=charged)) == ""
+    grown = [total([*done, *next_[:count]], 1e-5).epsilon for count in range(len(next_) + 1)]
+    assert grown == sorted(grown) and grown[0] <= 3.0 and grown[-1] == charged
 
 
 def test_a_job_keeps_the_plan_it_began_with(make_plan: MakePlan, make_request: MakeRequest) -> None:

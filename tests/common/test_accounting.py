@@ -12,7 +12,6 @@ import warnings
 import dp_accounting
 import pytest
 from dp_accounting import pld, rdp
-from opacus.accountants import PRVAccountant
 from scipy.optimize import brentq
 from scipy.stats import norm
 
@@ -20,12 +19,11 @@ from veil.common.privacy import Mechanism, accounting, gaussian_mu_squared, spen
 
 DELTA = 1e-5
 BATCH = 64
-SITES = (20, 100, 1000, 50_000)
 GUARD = 1e-5
 """What a reported ε may lie above a tight accountant's own figure, relative."""
 
 GRID = 0.01
-"""What the PLD's rounding may add to ε over more than 10⁵ steps; it shows where ε is below 0.1."""
+"""What the PLD's rounding may add to a small ε over 10⁵ steps; it grows like their root, and a little faster."""
 
 LOOSEST = 1.03
 """No reported ε may be above the RDP bound by more: a bound is no use when the cheap one is better."""
@@ -66,12 +64,11 @@ def independent(mechanisms: list[Mechanism], accountant: dp_accounting.PrivacyAc
 
 
 def check(mechanisms: list[Mechanism]) -> None:
-    """Between an independent PLD and (almost) an independent RDP bound."""
+    """Between an independent PLD and (almost) an independent RDP bound, made of the tight figure by its guard."""
     figure = spent(mechanisms, DELTA)
     pessimistic = independent(mechanisms, pld.PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE))
     loose = independent(mechanisms, rdp.RdpAccountant())
-    rounding = GRID if sum(one.steps for one in mechanisms) > 100_000 else 0.0
-    assert pessimistic <= figure.epsilon <= LOOSEST * loose + rounding
+    assert pessimistic <= figure.epsilon <= LOOSEST * loose
     assert figure.delta == DELTA
     tight = max(value for name, value in figure.by_accountant.items() if name != "rdp")
     assert tight <= figure.epsilon <= tight * (1 + 2 * GUARD)
@@ -113,37 +110,38 @@ def test_mu_squared_of_a_sample_does_not_exist() -> None:
         gaussian_mu_squared([mechanism(1.0), mechanism(1.0, rate=0.1)])
 
 
-def noise_for(target: float, rate: float, steps: int) -> float:
-    """σ, to a per cent, at which an RDP bound reaches the target, found by halving (no accountant of ours)."""
-    low, high = math.log(0.3), math.log(3000.0)
-    while high - low > 0.01:
-        middle = (low + high) / 2
-        enough = independent([mechanism(math.exp(middle), rate, steps)], rdp.RdpAccountant()) <= target
-        low, high = (low, middle) if enough else (middle, high)
-    return math.exp(high)
-
-
-@pytest.mark.parametrize(("rounds", "target"), [(1, 0.5), (1, 3.0), (30, 0.5), (30, 3.0), (30, 8.0), (200, 3.0)])
-@pytest.mark.parametrize("site", SITES)
-def test_calibrated_plans_lie_between_the_accountants(site: int, rounds: int, target: float) -> None:
-    rate, steps = local(site, rounds)
-    sigma = noise_for(target, rate, steps)
-    check([mechanism(sigma, rate, steps)])
-    assert spent([mechanism(sigma, rate, steps)], DELTA).epsilon <= target * (1 + 2 * GUARD)
-
-
 @pytest.mark.parametrize(
-    ("rounds", "sigma"), [(1, 0.5), (1, 1.0), (1, 4.0), (30, 0.5), (30, 2.0), (30, 20.0), (200, 1.0), (200, 20.0)]
+    ("site", "rounds", "sigma"),
+    [(20, 30, 20.0), (100, 1, 1.0), (1000, 1, 4.0), (1000, 30, 0.7), (1000, 200, 20.0), (50_000, 30, 2.0)],
 )
-@pytest.mark.parametrize("site", SITES)
-def test_fixed_noise_lies_between_the_accountants(site: int, rounds: int, sigma: float) -> None:
-    rate, steps = local(site, rounds)
-    one = mechanism(sigma, rate, steps)
-    if spent([one], DELTA).by_accountant["rdp"] > accounting.PLD_LIMIT:
-        assert "pld" not in spent([one], DELTA).by_accountant
-        assert spent([one], DELTA).epsilon >= 0.5 * accounting.PLD_LIMIT
-    else:
-        check([one])
+def test_the_cost_lies_between_the_accountants(site: int, rounds: int, sigma: float) -> None:
+    check([mechanism(sigma, *local(site, rounds))])
+
+
+@pytest.mark.parametrize(("site", "sigma"), [(50_000, 20.0), (200_000, 50.0)])
+def test_where_the_grid_overstates_a_small_cost_the_cheap_bound_is_reported(site: int, sigma: float) -> None:
+    """More than 10⁵ steps: each adds the grid's rounding to the loss distribution, which stays an upper bound."""
+    rate, steps = local(site, 200)
+    figure = spent([mechanism(sigma, rate, steps)], DELTA)
+    assert steps > 100_000
+    assert figure.by_accountant["rdp"] < figure.by_accountant["pld"] <= figure.by_accountant["rdp"] + GRID * 5
+    assert figure.epsilon == accounting.GUARD * figure.by_accountant["rdp"]
+
+
+def test_a_sample_never_costs_more_than_everyone() -> None:
+    """Above the limit of the tight accountant, where the Rényi bound is loose."""
+    everyone = spent([mechanism(0.5, 1.0, 80_000)], DELTA)
+    figure = spent([mechanism(0.5, 0.9999, 80_000)], DELTA)
+    assert figure.by_accountant["rdp"] > 1.01 * figure.epsilon
+    assert figure.epsilon == pytest.approx(everyone.epsilon, rel=1e-9)
+
+
+def test_many_different_samples_are_answered_by_the_cheap_bound() -> None:
+    """One more than a loss distribution is built for: a looser bound, never a lower figure."""
+    plan = [mechanism(2.0 + index / 10, 0.001, 10) for index in range(accounting.PLD_MECHANISMS + 1)]
+    fewer, figure = spent(plan[:-1], DELTA), spent(plan, DELTA)
+    assert "pld" in fewer.by_accountant and set(figure.by_accountant) == {"rdp"}
+    assert figure.epsilon > fewer.epsilon
 
 
 def test_different_mechanisms_compose() -> None:
@@ -186,19 +184,6 @@ def test_less_noise_a_larger_sample_and_more_steps_cost_more(change: dict[str, f
 def test_golden_numbers_of_an_earlier_measurement(sigma: float, steps: int, tight: float) -> None:
     """dp-accounting 0.6 PLD, q = 0.032, δ = 1e-5: facts/privacy.md §1.4."""
     assert spent([mechanism(sigma, 0.032, steps)], DELTA).epsilon == pytest.approx(tight, abs=2e-3)
-
-
-@pytest.mark.parametrize(("sigma", "rate", "steps"), [(0.8, 0.032, 100), (1.5, 0.2, 30), (4.0, 1.0, 30)])
-def test_opacus_agrees(sigma: float, rate: float, steps: int) -> None:
-    """PRV (another derivation, another implementation, its own error 0.01) within 0.02 of PLD; RDP above both."""
-    accountant = PRVAccountant()
-    accountant.history = [(sigma, rate, steps)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        prv = float(accountant.get_epsilon(delta=DELTA, eps_error=0.01))
-    figures = spent([mechanism(sigma, rate, steps)], DELTA).by_accountant
-    assert abs(prv - figures["pld"]) <= 0.02
-    assert figures["rdp"] >= figures["pld"]
 
 
 @pytest.mark.parametrize(

@@ -48,17 +48,17 @@ def check(found: Mechanism, target: float, alongside: Iterable[Mechanism] = ()) 
         assert spent([*alongside, quieter(found, 1.01)], DELTA).epsilon > target
 
 
-@settings(max_examples=5, deadline=None, derandomize=True, phases=UNSHRUNK)
+@settings(max_examples=3, deadline=None, derandomize=True, phases=UNSHRUNK)
 @given(
-    epsilon=st.floats(0.1, 20.0),
-    rate=st.sampled_from([1.0, 0.2, 0.05, 0.01]),
-    steps=st.integers(1, 2000),
+    epsilon=st.floats(0.1, 8.0),
+    rate=st.floats(1e-3, 1.0),
+    steps=st.integers(10, 20_000),
 )
 def test_the_promise_holds_and_is_tight(epsilon: float, rate: float, steps: int) -> None:
     check(calibrate(budget(epsilon), steps=steps, sample_rate=rate, max_grad_norm=0.5), epsilon)
 
 
-@settings(max_examples=3, deadline=None, derandomize=True, phases=UNSHRUNK)
+@settings(max_examples=2, deadline=None, derandomize=True, phases=UNSHRUNK)
 @given(
     epsilon=st.floats(0.3, 8.0),
     rate=st.sampled_from([1.0, 0.1]),
@@ -73,7 +73,7 @@ def test_the_promise_holds_for_everything_together(epsilon: float, rate: float, 
     assert found.noise_multiplier >= alone.noise_multiplier
 
 
-@settings(max_examples=10, deadline=None, derandomize=True, phases=UNSHRUNK)
+@settings(max_examples=6, deadline=None, derandomize=True, phases=UNSHRUNK)
 @given(epsilon=st.floats(0.1, 20.0), steps=st.integers(1, 10_000))
 def test_full_batches_lose_next_to_nothing(epsilon: float, steps: int) -> None:
     found = calibrate(budget(epsilon), steps=steps, max_grad_norm=0.5)

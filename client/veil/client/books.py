@@ -39,6 +39,21 @@ class Entry:
     plan: str
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Extract:
+    """What the books say of one run and of everything, at one moment.
+
+    Attributes:
+        run: the run's mechanisms with the kind of each release, oldest first.
+        entries: all mechanisms, oldest first.
+        head: the last line's place.
+    """
+
+    run: tuple[tuple[str, Entry], ...]
+    entries: tuple[Entry, ...]
+    head: Head
+
+
 @dataclass(kw_only=True, slots=True)
 class Books:
     """What a site's lines say, as far as they are read.
@@ -83,6 +98,13 @@ class Books:
                 raise ValueError(f"a line of kind {other}; expected spend, reply or write-off")
         self.heads.append(line.hash)
 
+    def extract(self, job: str) -> Extract:
+        """What they say of one run and of everything."""
+        spends = sorted((seq, kind) for (of, _, kind), seqs in self.attempts.items() if of == job for seq in seqs)
+        own = (entry for entry in self.entries if entry.job == job)
+        run = tuple((kind, entry) for (_, kind), entry in zip(spends, own, strict=True))
+        return Extract(run=run, entries=tuple(self.entries), head=self.head)
+
     def answered(self, job: str, release: Release) -> int | None:
         """The release's spend that has a reply."""
         attempts = self.attempts.get((job, release.round, release.kind.value), [])
@@ -107,11 +129,11 @@ def _entry(fields: Mapping[str, Any]) -> Entry:
 
 
 def total(entries: Sequence[Entry], delta: float, job: str | None = None) -> PrivacySpent:
-    """What ledger lines cost one unit at `delta`."""
+    """What ledger lines cost one unit at `delta`; the lines of one job and one plan are one run, write-offs another."""
     counted = [entry for entry in entries if job is None or entry.job == job]
     if any(entry.noise != "os" for entry in counted):
         return PrivacySpent(epsilon=math.inf, delta=delta, by_accountant={})
-    runs: dict[str, list[Mechanism]] = {}
+    runs: dict[tuple[str, str], list[Mechanism]] = {}
     for entry in counted:
-        runs.setdefault(entry.job, []).append(entry.mechanism)
+        runs.setdefault((entry.job, entry.plan), []).append(entry.mechanism)
     return spent_over_runs(runs.values(), delta)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much noise a promise needs.
 
-Promises the private side: the mechanism returned never spends more than the budget, and a thousandth less noise
+Promises the private side: the mechanism returned never spends more than the budget, and a hundredth less noise
 would.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import dp_accounting
 
-from veil.common.privacy.accounting import gaussian_mu_squared, spent
+from veil.common.privacy.accounting import GUARD, gaussian_mu_squared, renyi_bound, spent
 from veil.common.privacy.mechanism import (
     MAX_NOISE_MULTIPLIER,
     MIN_NOISE_MULTIPLIER,
@@ -79,7 +79,7 @@ def calibrate(
         raise ValueError(f"the mechanisms already decided spend ε = {budget.target_epsilon} or more")
     if sample_rate == 1.0 and all(other.sample_rate == 1.0 for other in alongside):
         return mechanism(_raised(excess, _full_batch(budget, steps, alongside)))
-    return mechanism(math.exp(_least(excess, start=_first_guess(budget, steps, sample_rate))))
+    return mechanism(math.exp(_least(excess, start=_first_guess(budget, steps, sample_rate, alongside))))
 
 
 def _full_batch(budget: PrivacyBudget, steps: int, alongside: Sequence[Mechanism]) -> float:
@@ -100,13 +100,26 @@ def _raised(excess: Callable[[float], float], sigma: float) -> float:
     raise ValueError(f"no noise up to σ = {MAX_NOISE_MULTIPLIER:g} keeps the budget")
 
 
-def _first_guess(budget: PrivacyBudget, steps: int, sample_rate: float) -> float:
-    """What subsampled noise would need if sampling helped as in the central limit (q·√steps)."""
-    return max(0.5, gaussian_sigma(budget) * math.sqrt(steps) * sample_rate)
+def _first_guess(budget: PrivacyBudget, steps: int, sample_rate: float, alongside: Sequence[Mechanism]) -> float:
+    """σ that the Rényi bound, a hundred times cheaper, finds enough: a little more than is needed; to two per cent."""
+
+    def enough(sigma: float) -> bool:
+        tried = Mechanism(noise_multiplier=sigma, max_grad_norm=1.0, sample_rate=sample_rate, steps=steps)
+        return GUARD * renyi_bound([*alongside, tried], budget.target_delta) <= budget.target_epsilon
+
+    low, high = math.log(MIN_NOISE_MULTIPLIER), math.log(MAX_NOISE_MULTIPLIER)
+    while high - low > 0.02:
+        middle = (low + high) / 2
+        low, high = (low, middle) if enough(math.exp(middle)) else (middle, high)
+    return math.exp(high)
 
 
 def _least(excess: Callable[[float], float], start: float) -> float:
-    """log σ just above the root of a decreasing function: bracketed, then narrowed by regula falsi."""
+    """log σ just above the root of a decreasing function: bracketed, then narrowed from both sides.
+
+    Each guess is the secant's, moved a third of the precision to the side that the last one did not reach; every
+    third halves, so that no shape of the function takes more than a few dozen evaluations.
+    """
     floor, ceiling = math.log(MIN_NOISE_MULTIPLIER), math.log(MAX_NOISE_MULTIPLIER)
     high, over = math.log(start), excess(math.log(start))
     step = 0.3
@@ -123,9 +136,14 @@ def _least(excess: Callable[[float], float], start: float) -> float:
         high, over = low, under
         low, step = max(floor, low - step), step * 2
         under = excess(low)
+    aside, turn = PRECISION / 3, 0
+    shift = aside
     while high - low > PRECISION:
-        share = under / (under - over) if math.isfinite(under) else 0.5
-        middle = low + (high - low) * min(0.95, max(0.05, share + 0.02))
-        value = excess(middle)
-        low, under, high, over = (low, under, middle, value) if value <= 0 else (middle, value, high, over)
+        share = under / (under - over) if math.isfinite(under) and turn % 3 < 2 else 0.5
+        middle = min(max(low + (high - low) * share + shift, low + aside), high - aside)
+        value, turn = excess(middle), turn + 1
+        if value <= 0:
+            high, over, shift = middle, value, -aside
+        else:
+            low, under, shift = middle, value, aside
     return high

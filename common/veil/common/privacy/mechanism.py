@@ -100,9 +100,10 @@ class PrivacySpent:
     """The fact: what mechanisms cost one unit at `delta`.
 
     Attributes:
-        epsilon: the reported value, an upper bound: the larger of the accountants that are tight here.
+        epsilon: the reported value, an upper bound by the rule that is valid here.
         delta: the δ it holds at.
-        by_accountant: every accountant's own upper bound, by name (`gaussian`, `pld`, `rdp`).
+        by_accountant: every accountant's own upper bound, by name: `gaussian`, `pld` and `rdp` for plans fixed
+            beforehand, `rdp_filter` whatever the plans followed from; `pld_rejected` is one that was not believed.
     """
 
     epsilon: float
