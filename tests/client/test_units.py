@@ -71,6 +71,25 @@ def test_every_record_can_be_chosen() -> None:
     assert max(counts) < 210
 
 
+@given(names=patients, most=st.integers(1, 4))
+def test_units_held_out_are_bounded_alike_and_never_train(names: list[str], most: int) -> None:
+    marks = np.arange(len(names))
+    features = np.stack([marks, marks], axis=1).astype(np.float64)
+    held = np.isin(names, ["a", "b"])
+    units = bounded_units(features, marks, np.array(names, np.str_), max_records=most, key=KEY, held=held)
+    everyone = units_of(names, most=most)
+    assert units.held is not None
+    assert set(units.labels.tolist()) == {mark for mark in everyone.labels.tolist() if names[mark] in "cd"}
+    assert set(units.held.labels.tolist()) == {mark for mark in everyone.labels.tolist() if names[mark] in "ab"}
+    assert (units.count, units.held.count) == (len({*names} & {*"cd"}), len({*names} & {*"ab"}))
+    assert (units.total, units.held.held) == (everyone.count, None)
+
+
+def test_without_an_evaluation_all_units_train() -> None:
+    units = units_of(["a", "b", "a"], most=2)
+    assert (units.held, units.total) == (None, units.count)
+
+
 @given(names=patients, most=st.integers(1, 4), gone=st.sampled_from(["a", "b", "c", "d"]))
 def test_a_choice_does_not_depend_on_any_other_unit(names: list[str], most: int, gone: str) -> None:
     """Removing a patient leaves every other patient's records as they were: what add-or-remove-one rests on."""

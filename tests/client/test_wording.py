@@ -16,7 +16,7 @@ from veil.client.review import affordable
 from veil.client.site_file import SiteFile, parse_site
 from veil.client.wording import REFUSALS, Price, describe_plan, price
 from veil.common.errors import RefusalCode, RefusalError
-from veil.common.plan import RunPlan
+from veil.common.plan import Evaluation, RunPlan
 from veil.common.privacy import spent
 from veil.common.schedule import schedule
 
@@ -29,7 +29,7 @@ def limits(**change: Any) -> Limits:
 
 
 def site(limits: dict[str, Any] | None = None, **data: Any) -> SiteFile:
-    columns = {"table": "reports.csv", "features": ["a", "b"], "label": "ill", **data}
+    columns = {"table": "reports.csv", "features": ["a", "b"], "label": "ill", "labels": {"1": "yes"}, **data}
     document = {
         "name": "Ulm",
         "data": {key: value for key, value in columns.items() if value is not None},
@@ -148,6 +148,17 @@ def test_what_leaves_is_counted(make_plan: MakePlan) -> None:
     assert "No record, count, loss or error text." in words
 
 
+def test_an_evaluation_is_told_with_what_it_holds_out(make_plan: MakePlan) -> None:
+    plan = make_plan().model_copy(update={"evaluation": Evaluation(holdout=0.25)})
+    words = said(plan, site())
+    assert "Leaves this site: 5 releases" in words
+    assert "1 × how often the model is right, by class, and its loss (evaluation) of 9 numbers" in words
+    assert "39 numbers in all" in words
+    assert "No record, exact count, exact loss or error text." in words
+    assert "Held out at this site: 25% of the units never train" in words
+    assert "Held out" not in said(make_plan(), site())
+
+
 def test_local_steps_are_called_changes_of_weights(make_plan: MakePlan) -> None:
     words = said(make_plan(training={"algorithm": "dp-fedavg", "rounds": 2, "sample_rate": 1.0}), site())
     assert "2 × a change of weights (head.weight) of 9 numbers" in words
@@ -251,9 +262,9 @@ def test_words_from_the_network_cannot_paint_the_screen(words: str) -> None:
         {"source": f"path:x{words}", "licence": words},
         task={"kind": "text-classification", "labels": ["no", f"yes{words}"]},
     )
-    lines = describe_plan(plan, f"job{words}", site(**TEXT), [])
+    lines = describe_plan(plan, f"job{words}", site(**TEXT, labels={"0": "no"}), [])
     assert "".join(lines).isprintable()
-    assert len(lines) == len(describe_plan(text_plan(), "job", site(**TEXT), []))
+    assert len(lines) == len(describe_plan(text_plan(), "job", site(**TEXT, labels={"0": "no"}), []))
     assert "�" in lines[0]
 
 
