@@ -152,7 +152,12 @@ def make_home(tmp_path: Path, key: NodeKey, authority: Path) -> Callable[..., Pa
         (home / "table.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
         document = {
             "name": "Ulm",
-            "data": {"table": "table.csv", "features": columns, "label": "answer"},
+            "data": {
+                "table": "table.csv",
+                "features": columns,
+                "label": "answer",
+                "labels": {one: one for one in LABELS},
+            },
             "limits": {"epsilon_per_run": 8.0, "epsilon_lifetime": 8.0, **(limits or {})},
             "coordinator": {"url": url, "ca": "keys/coordinator.pem"},
             "agent": {"health_address": "", "metrics_address": "", **(agent or {})},

@@ -213,11 +213,15 @@ def test_everything_at_once_is_still_told_one_by_one(make_home: MakeHome, monkey
 
 
 def test_a_cell_cannot_paint_the_screen(file: SiteFile) -> None:
-    table = file.folder / "table.csv"
+    table, cell = file.folder / "table.csv", "\x1b[2Jno" + "x" * 100
     rows = table.read_text(encoding="utf-8").splitlines()
-    rows[1] = rows[1].rsplit(",", 1)[0] + ",\x1b[2Jno" + "x" * 100
+    rows[1] = f"{rows[1].rsplit(',', 1)[0]},{cell}"
     table.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    lines = examined(file)["data"].lines
+    refused = examined(file)["data"]
+    assert not refused.fine
+    assert "\x1b" not in "".join(refused.lines)
+    data = file.data.model_copy(update={"labels": {**file.data.labels, cell: "no"}})
+    lines = examined(file.model_copy(update={"data": data}))["data"].lines
     shown = next(line for line in lines if line.startswith("column answer"))
     assert "\x1b" not in "".join(lines)
     assert "…" in shown

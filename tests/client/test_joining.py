@@ -23,7 +23,7 @@ Invite = Callable[..., Invitation]
 
 SECRET = "s3cret_" + "A" * 36
 ANSWERS: dict[str, Any] = {
-    "data": {"table": "/srv/table.csv", "text": "body", "label": "ill"},
+    "data": {"table": "/srv/table.csv", "text": "body", "label": "ill", "labels": {"1": "yes"}},
     "limits": {"epsilon_per_run": 4.0, "epsilon_lifetime": 8.0},
 }
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from veil.client.records import SiteRecords, look
 from veil.client.site_file import SiteFile, parse_site
 from veil.common.errors import InputError, RefusalCode, RefusalError, TableError, WeightsError
-from veil.common.plan import Backbone, RunPlan, Task
+from veil.common.plan import Backbone, Evaluation, RunPlan, Task, Training
 
 TEXTS = ["cough", "fever", "no fever", "well", "cough", "none"]
 LABELS = ["1", "1", "0", "0", "1", "0"]
@@ -39,8 +39,8 @@ class FakeEncoder:
         self,
         inputs: Sequence[str] | Sequence[Path],
         *,
-        batch_size: int = 32,
         advance: Callable[[int], None] | None = None,
+        unreadable: Callable[[int, TableError], None] | None = None,
     ) -> NDArray[np.float32]:
         self.read += len(inputs)
         return np.array([[len(str(one)), str(one).count(" ")] for one in inputs], dtype=np.float32)
@@ -112,6 +112,35 @@ def test_records_come_as_units_of_the_plan_s_kind(make_file: MakeFile, store: Fa
     by_patient = SiteRecords(make_file(patient="mrn"), store.find_backbone)(plan(unit="patient"))
     assert by_patient.count == 3
     assert by_patient.sizes.tolist() == [3, 1, 2]
+
+
+def test_an_evaluation_holds_units_out_by_what_they_are(make_file: MakeFile, store: FakeStore, tmp_path: Path) -> None:
+    """The same in another run and after a record was taken away; each unit on one side."""
+    many = [f"report {number},1,p{number % 30},0" for number in range(90)]
+    table, patients = tmp_path / "reports.csv", plan(unit="patient")
+
+    def sides(rows: list[str], of: RunPlan) -> tuple[list[float], list[float]]:
+        table.write_text("\n".join(["body,ill,mrn,age", *rows]) + "\n", encoding="utf-8")
+        units = SiteRecords(make_file(patient="mrn" if of.privacy.unit == "patient" else None), encode)(of)
+        assert units.held is not None
+        return units.features[:, 0].tolist(), units.held.features[:, 0].tolist()
+
+    class Numbered(FakeEncoder):
+        def encode(self, inputs: Sequence[str] | Sequence[Path], **_: Any) -> NDArray[np.float32]:
+            return np.array([[int(str(one).split()[1]), 0] for one in inputs], dtype=np.float32)
+
+    def encode(backbone: Backbone, task: Task) -> FakeEncoder:
+        return Numbered()
+
+    for judged in (plan(), patients):
+        judged = judged.model_copy(update={"evaluation": Evaluation(holdout=0.4)})
+        training, held = sides(many, judged)
+        assert sorted(training + held) == list(range(90))
+        assert min(len(training), len(held)) > 10
+        longer = judged.model_copy(update={"training": Training(rounds=7)})
+        assert sides(many, longer) == (training, held)
+        fewer, fewer_held = sides(many[1:], judged)
+        assert (set(fewer), set(fewer_held)) == (set(training) - {0}, set(held) - {0})
 
 
 def test_numbers_need_no_backbone(make_file: MakeFile, store: FakeStore) -> None:
@@ -297,10 +326,6 @@ def test_the_operator_sees_the_table_before_any_run(make_file: MakeFile) -> None
     assert look(make_file(patient="mrn", limits={"unit": "record"})).units == 6
 
 
-def test_without_a_mapping_the_classes_are_the_table_s(make_file: MakeFile) -> None:
-    assert look(make_file(labels=None)).labels == {"0": 3, "1": 3}
-
-
 def test_missing_cells_are_counted_by_column(make_file: MakeFile, tmp_path: Path) -> None:
     (tmp_path / "reports.csv").write_text("ill,age,sex\n1,7,w\n0,-1,\n0,NA,m\n", encoding="utf-8")
     seen = look(make_file(text=None, text_template="{age} years, {sex}", missing_values={"age": [-1]}))
@@ -312,10 +337,34 @@ def test_a_label_that_looks_like_no_value_is_one_where_it_is_declared(make_file:
     seen = look(make_file(labels={"NA": "no", "1": "yes"}))
     assert (seen.missing["ill"], seen.labels) == (0, {"no": 1, "yes": 1})
     with pytest.raises(TableError, match="no label"):
-        look(make_file(labels=None))
+        look(make_file(labels={"1": "yes"}))
 
 
 def test_what_a_run_would_stumble_over_is_found_before(make_file: MakeFile, tmp_path: Path) -> None:
     (tmp_path / "reports.csv").write_text("body,ill\nx,1\n ,0\n", encoding="utf-8")
     with pytest.raises(TableError, match="row 2: no text"):
         look(make_file())
+
+
+def test_an_image_that_cannot_be_read_counts_as_zero(make_file: MakeFile, tmp_path: Path) -> None:
+    """Its error would tell the coordinator of a record; the operator reads of it in the log."""
+
+    class Picky(FakeEncoder):
+        def encode(
+            self,
+            inputs: Sequence[str] | Sequence[Path],
+            *,
+            advance: Callable[[int], None] | None = None,
+            unreadable: Callable[[int, TableError], None] | None = None,
+        ) -> NDArray[np.float32]:
+            rows = super().encode(inputs)
+            assert unreadable is not None
+            unreadable(1, TableError("image 1", "an image", "replace it"))
+            rows[1] = 0
+            return rows
+
+    store = FakeStore()
+    store.encoder = Picky()
+    units = SiteRecords(make_file(), store.find_backbone)(plan())
+    assert not units.features[1].any()
+    assert units.features[0].any()

@@ -39,6 +39,7 @@ SECRET = "s3cret_" + "A" * 36
 OPTIONS = {
     "--table": "table.csv",
     "--label": "ill",
+    "--map": "1=yes",
     "--text": "body",
     "--epsilon-per-run": "4",
     "--epsilon-lifetime": "8",
@@ -130,7 +131,7 @@ def words(**without: Any) -> list[str]:
 
 
 def test_init_makes_a_site_from_options_alone(joining: Site, invitation: Path) -> None:
-    options = ["--map", "1=yes", "--map", "0=no", "--approval", "auto-within-limits", "--release-counts"]
+    options = ["--map", "0=no", "--approval", "auto-within-limits", "--release-counts"]
     code, out, err = joining("init", str(invitation), *words(), *options, "--health-address", "")
     assert (code, err) == (0, "")
     assert "Ulm is enrolled" in out
@@ -163,17 +164,21 @@ def test_init_asks_nothing_without_a_terminal(missing: str, joining: Site, invit
 def test_init_asks_at_a_terminal_for_what_is_missing(
     joining: Site, invitation: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    typed(monkeypatch, "t.csv", "ill", "features", "age, weight", "4", "8")
+    typed(monkeypatch, "t.csv", "ill", "1=yes, 0=no", "features", "age, weight", "4", "8")
     assert joining("init", str(invitation))[0] == 0
     file = joining.file
     assert (Path(file.data.table).name, file.data.label) == ("t.csv", "ill")
     assert file.data.features == ("age", "weight")
+    assert dict(file.data.labels) == {"1": "yes", "0": "no"}
     assert (file.limits.epsilon_per_run, file.limits.epsilon_lifetime) == (4.0, 8.0)
 
 
 @pytest.mark.parametrize(
     ("answers", "named"),
-    [(["t.csv", "ill", "sound"], "sound"), (["t.csv", "ill", "text", "body", "much"], "epsilon_per_run = much")],
+    [
+        (["t.csv", "ill", "1=y", "sound"], "sound"),
+        (["t.csv", "ill", "1=y", "text", "body", "much"], "epsilon_per_run = much"),
+    ],
 )
 def test_init_says_which_answer_is_not_usable(
     answers: list[str], named: str, joining: Site, invitation: Path, monkeypatch: pytest.MonkeyPatch

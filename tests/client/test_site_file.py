@@ -22,7 +22,7 @@ from veil.common.privacy import PrivacyUnit
 
 DOCUMENT: dict[str, Any] = {
     "name": "Ulm",
-    "data": {"table": "reports.csv", "text": "body", "label": "adverse"},
+    "data": {"table": "reports.csv", "text": "body", "label": "adverse", "labels": {"1": "yes"}},
     "limits": {"epsilon_per_run": 4.0, "epsilon_lifetime": 8.0},
     "coordinator": {"url": "https://veil.example:9300", "ca": "ca.pem"},
 }
@@ -67,7 +67,7 @@ def test_every_key_is_described(key: str) -> None:
 
 def test_the_smallest_file_has_these_defaults(tmp_path: Path) -> None:
     (tmp_path / "site.toml").write_text(
-        'name = "Ulm"\n[data]\ntable = "reports.csv"\ntext = "body"\nlabel = "adverse"\n'
+        'name = "Ulm"\n[data]\ntable = "reports.csv"\ntext = "body"\nlabel = "adverse"\n[data.labels]\n"1" = "yes"\n'
         "[limits]\nepsilon_per_run = 4.0\nepsilon_lifetime = 8.0\n"
         '[coordinator]\nurl = "https://veil.example:9300"\nca = "ca.pem"\n',
         encoding="utf-8",

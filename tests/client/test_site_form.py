@@ -18,7 +18,7 @@ from veil.common.plan import Section
 
 SMALL: dict[str, Any] = {
     "name": "Ulm",
-    "data": {"table": "reports.csv", "text": "body", "label": "adverse"},
+    "data": {"table": "reports.csv", "text": "body", "label": "adverse", "labels": {"1": "yes"}},
     "limits": {"epsilon_per_run": 4.0, "epsilon_lifetime": 8.0},
     "coordinator": {"url": "https://veil.example:9300", "ca": "ca.pem"},
 }
@@ -57,8 +57,8 @@ FULL: list[dict[str, Any]] = [
             "mirror": "m",
         },
     },
-    {**SMALL, "data": {"table": "t.csv", "image": "path", "label": "l"}},
-    {**SMALL, "data": {"table": "t.csv", "features": ["a", NASTY], "label": "l"}},
+    {**SMALL, "data": {"table": "t.csv", "image": "path", "label": "l", "labels": {"l": "m"}}},
+    {**SMALL, "data": {"table": "t.csv", "features": ["a", NASTY], "label": "l", "labels": {"l": "m"}}},
     {
         **SMALL,
         "data": {
@@ -67,6 +67,7 @@ FULL: list[dict[str, Any]] = [
             "password_file": "p",
             "text": "a",
             "label": "l",
+            "labels": {"l": "m"},
         },
     },
 ]

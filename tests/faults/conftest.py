@@ -31,6 +31,7 @@ from veil.simulations.deployment import Deployment, free_ports
 
 COLUMNS = ("age", "pulse", "weight", "height")
 SITES = ("Aachen", "Bonn", "Celle")
+LABELS = {"well": "well", "ill": "ill"}
 FINISH_S = 90.0
 
 
@@ -173,7 +174,7 @@ LIMITS: Limits = {"epsilon_per_run": 4.0, "epsilon_lifetime": 1000.0, "approval"
 
 def enrol(deployment: Deployment, name: str, *, limits: Limits = LIMITS, **agent: Any) -> None:
     table = write_table(deployment.folder / f"{name}.csv", seed=sum(map(ord, name)))
-    data = {"table": str(table), "features": list(COLUMNS), "label": "outcome"}
+    data = {"table": str(table), "features": list(COLUMNS), "label": "outcome", "labels": LABELS}
     health = f"127.0.0.1:{free_ports(1)[0]}"
     deployment.add_site(name, data=data, limits=limits, health_address=health, round_timeout_s=12.0, **agent)
 

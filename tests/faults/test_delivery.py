@@ -42,8 +42,9 @@ def deployment(open_clinics: Callable[[], Deployment]) -> Iterator[Deployment]:
             table = opened.folder / f"{name}.csv"
             rows = [{"note": text, "outcome": label} for label, text in TEXTS.items()] * 6
             pd.DataFrame(rows).to_csv(table, index=False)
+            data = {"table": str(table), "text": "note", "label": "outcome", "labels": {one: one for one in TEXTS}}
             limits = {"epsilon_per_run": 4.0, "epsilon_lifetime": 8.0, "approval": "auto-within-limits"}
-            opened.add_site(name, data={"table": str(table), "text": "note", "label": "outcome"}, limits=limits)
+            opened.add_site(name, data=data, limits=limits)
             opened.start_site(name)
         yield opened
 

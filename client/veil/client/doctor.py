@@ -80,10 +80,10 @@ def _made(name: str, check: Callable[[], Sequence[str]]) -> Finding:
     try:
         return Finding(name=name, fine=True, lines=tuple(check()))
     except VeilError as error:
-        return Finding(name=name, fine=False, lines=(str(error),))
+        return Finding(name=name, fine=False, lines=(_printable(str(error)),))
     except Exception as error:  # a check must not keep the others from being made
         defect = RunError(f"{type(error).__name__}: {error}", "a check that can be made", "report this defect of Veil")
-        return Finding(name=name, fine=False, lines=(str(defect),))
+        return Finding(name=name, fine=False, lines=(_printable(str(defect)),))
 
 
 def _key(file: SiteFile) -> Sequence[str]:
@@ -190,5 +190,10 @@ def _step(file: SiteFile, plan: RunPlan | None, store: BackboneStore) -> Sequenc
 
 
 def _short(cell: str) -> str:
-    shown = "".join(one if one.isprintable() else " " for one in cell)
+    shown = _printable(cell)
     return shown if len(shown) <= 40 else f"{shown[:39]}…"
+
+
+def _printable(text: str) -> str:
+    """A cell may hold what would paint the screen."""
+    return "".join(one if one.isprintable() else " " for one in text)

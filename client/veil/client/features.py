@@ -16,6 +16,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from veil.common.errors import TableError
+
 
 class Encoder(Protocol):
     """What turns records into features: see `veil.common.backbone.FrozenBackbone`."""
@@ -34,8 +36,8 @@ class Encoder(Protocol):
         self,
         inputs: Sequence[str] | Sequence[Path],
         *,
-        batch_size: int = ...,
         advance: Callable[[int], None] | None = ...,
+        unreadable: Callable[[int, TableError], None] | None = ...,
     ) -> NDArray[np.float32]:
         """Features of the inputs, [n, width]."""
         ...
@@ -47,6 +49,7 @@ def cached_features(
     folder: Path,
     *,
     advance: Callable[[int], None] | None = None,
+    unreadable: Callable[[int, TableError], None] | None = None,
 ) -> NDArray[np.float32]:
     """Features of the records, read from `folder` where they were computed before.
 
@@ -55,17 +58,18 @@ def cached_features(
         inputs: texts or image paths, in the order wanted.
         folder: where the cache lives; made when missing.
         advance: called with the number of records done, for progress.
+        unreadable: called with the place of a record that cannot be read, which counts as zero then.
 
     Returns:
         [n, width], memory-mapped read-only; a row that is not finite counts as zero later (`unit_rows`), so that no
         word of a hostile backbone's choice becomes an error that tells of a record.
 
     Raises:
-        TableError: a record cannot be read.
+        TableError: a record cannot be read, and there is no `unreadable`.
     """
     path = folder / f"{_key(encoder, inputs)}.npy"
     if not path.exists():
-        _write(path, encoder.encode(inputs, advance=advance))
+        _write(path, encoder.encode(inputs, advance=advance, unreadable=unreadable))
     elif advance is not None:
         advance(len(inputs))
     mapped: NDArray[np.float32] = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -47,6 +47,7 @@ def answered(given: Answers) -> Answers:
     data, limits = given["data"], given["limits"]
     data["table"] = data["table"] or as_table(_ask("Table of the records (file or database URL)", "--table"))
     data["label"] = data["label"] or _ask("Column with the label", "--label")
+    data["labels"] = data["labels"] or as_map(_ask_labels())
     if not any(data[kind] for kind in _INPUTS):
         kind, columns = _ask_input()
         data[kind] = columns
@@ -54,6 +55,11 @@ def answered(given: Answers) -> Answers:
         if limits[name] is None:
             limits[name] = _number(_ask(words, f"--{name.replace('_', '-')}"), name)
     return {part: {key: value for key, value in one.items() if value is not None} for part, one in given.items()}
+
+
+def _ask_labels() -> list[str]:
+    said = _ask("What a plan calls each value of that column (1=ill, 0=well)", "--map")
+    return [pair.strip() for pair in said.split(",")]
 
 
 def _ask_input() -> tuple[str, str | list[str]]:

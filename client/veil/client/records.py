@@ -7,6 +7,7 @@ that a persistent agent reads the table once per plan and loads a backbone once.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 from collections import Counter
@@ -22,16 +23,19 @@ from numpy.typing import NDArray
 
 from veil.client.examples import Examples, named_columns, read_examples, read_table
 from veil.client.features import Encoder, cached_features
+from veil.client.holdout import held_out, identities
 from veil.client.site_file import Data, SiteFile
 from veil.client.template import MISSING_WORDS, canonical
 from veil.client.units import Units, bounded_units
 from veil.common.durable import sync_folder, write_new
-from veil.common.errors import InputError, RefusalCode, RefusalError
+from veil.common.errors import InputError, RefusalCode, RefusalError, TableError
 from veil.common.plan import Backbone, RunPlan, Task
 
 _KEY_BYTES = 32
 _PLANS_KEPT = 4
 _CELLS_SHOWN = 3
+
+_log = logging.getLogger(__name__)
 
 
 FindBackbone = Callable[[Backbone, Task], Encoder]
@@ -66,19 +70,21 @@ class SiteRecords:
         plan = RunPlan.from_json(plan_json)
         check_columns(self._site.data, plan.task)
         examples = read_examples(self._site.source, self._site.data, plan.task, unit=plan.privacy.unit)
+        key, evaluation = _secret_key(self._site.agent.state / "units.key"), plan.evaluation
         return bounded_units(
             np.asarray(self._features(plan, examples)),
             examples.labels,
             examples.units,
             max_records=plan.privacy.max_records_per_patient,
-            key=_secret_key(self._site.agent.state / "units.key"),
+            key=key,
+            held=held_out(identities(examples), key, evaluation.holdout) if evaluation else None,
         )
 
     def _features(self, plan: RunPlan, examples: Examples) -> NDArray[np.floating]:
         if plan.backbone is None or isinstance(examples.inputs, np.ndarray):
             return np.asarray(examples.inputs, dtype=np.float64)
         encoder = self._encoder(plan.backbone, plan.task)
-        return cached_features(encoder, examples.inputs, self._site.agent.state / "cache")
+        return cached_features(encoder, examples.inputs, self._site.agent.state / "cache", unreadable=_note_unreadable)
 
     def _encoder(self, backbone: Backbone, task: Task) -> Encoder:
         """The last one stays in memory; it also depends on how the task reads a record."""
@@ -87,6 +93,11 @@ class SiteRecords:
             self._loaded = None
             self._loaded = wanted, self._find_backbone(backbone, task)
         return self._loaded[1]
+
+
+def _note_unreadable(place: int, error: TableError) -> None:
+    """A record that cannot be read counts as zero: an error would tell the coordinator of it."""
+    _log.warning("record %d counts as zero: %s", place + 1, error)
 
 
 def check_columns(data: Data, task: Task) -> None:
@@ -119,7 +130,8 @@ def check_columns(data: Data, task: Task) -> None:
 
 
 def _secret_key(path: Path) -> bytes:
-    """The key that chooses which records of a patient take part; made once, durable before it is used."""
+    """The key that chooses which records of a patient take part, and which units train; made once, durable before it
+    is used."""
     with suppress(FileNotFoundError):
         return _checked(path, path.read_bytes())
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -145,7 +157,7 @@ class Overview:
     Attributes:
         records: number of records.
         units: number of units, as limits.unit counts them.
-        labels: records of each class, in the plan's words where the site maps them.
+        labels: records of each class, in a plan's words.
         missing: cells without a value, by column.
         first: the first cells as text, by column.
     """
@@ -165,7 +177,7 @@ def look(site: SiteFile) -> Overview:
     """
     data = site.data
     frame = read_table(site.source, named_columns(data))
-    classes = tuple(dict.fromkeys(data.labels.values())) or _distinct(frame[data.label])
+    classes = tuple(dict.fromkeys(data.labels.values()))
     task = Task.model_construct(kind=f"{data.modality}-classification", labels=classes, bounds={})
     examples = read_examples(site.source, data, task, unit=site.limits.unit)
     counts = Counter(examples.labels.tolist())
@@ -176,10 +188,6 @@ def look(site: SiteFile) -> Overview:
         missing={str(name): _missing(frame[name], data) for name in frame.columns},
         first={str(name): tuple(map(str, frame[name].head(_CELLS_SHOWN))) for name in frame.columns},
     )
-
-
-def _distinct(cells: pd.Series) -> tuple[str, ...]:
-    return tuple(sorted({canonical(cell) for cell in cells.tolist()} - MISSING_WORDS))
 
 
 def _missing(cells: pd.Series, data: Data) -> int:

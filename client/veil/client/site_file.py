@@ -42,6 +42,13 @@ class Data(Columns):
     password_file: LocalPath | None = Field(default=None, description="database: file with the password of the URL")
 
     @model_validator(mode="after")
+    def _own_labels(self) -> Self:
+        """With the labels in this file, no plan can find out by a refusal which ones the records have."""
+        if not self.labels:
+            raise ValueError('[data.labels] is missing; name each value of the label column, as in "1" = "ill"')
+        return self
+
+    @model_validator(mode="after")
     def _one_source(self) -> Self:
         if "://" not in self.table:
             if self.query is not None or self.password_file is not None:

@@ -7,9 +7,11 @@ that trains, moves its statistics or would start with random layers is refused.
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +22,22 @@ import torch
 from torch import Tensor, nn
 
 from veil.common import lite0
-from veil.common.errors import RunError, WeightsError
+from veil.common.errors import RunError, TableError, WeightsError
 from veil.common.plan import Backbone, Task
-from veil.common.preprocessing import Batch, Features, ImageReader, Modality, Reader, TextReader, canonical, read_json
+from veil.common.preprocessing import (
+    Features,
+    ImageReader,
+    Modality,
+    ModelInput,
+    Reader,
+    TextReader,
+    canonical,
+    read_json,
+)
 from veil.common.weights import COMPANIONS, WEIGHTS_NAME, PinnedWeights, locate, sha256_of
+
+_WINDOW = 64
+"""Records that are in memory at once as model inputs."""
 
 
 class FrozenBackbone:
@@ -36,51 +50,74 @@ class FrozenBackbone:
         sha256: the pinned hash of the weights the plan names.
 
     Guarantees:
-        - a record's features do not depend on the batch it is in, beyond float32 rounding
+        - a record's features are computed from that record alone: not a bit of them depends on any other
         - no module is in train mode, and no buffer changes, while features are computed
     """
 
     def __init__(self, model: nn.Module, reader: Reader, pooling: _Pooling, files: PinnedWeights, sha256: str) -> None:
         self._model, self._reader, self._pooling, self._files = model, reader, pooling, files
-        self._buffers: Batch | None = {name: one.clone() for name, one in model.named_buffers()}
+        self._buffers: ModelInput | None = {name: one.clone() for name, one in model.named_buffers()}
         self.width: int = pooling.width
         self.modality: Modality = reader.modality
-        self.preprocessing: str = canonical({**reader.facts, "pooling": pooling.name})
+        self.preprocessing: str = canonical({**reader.facts, "pooling": pooling.name, "at_once": 1})
         self.sha256: str = sha256
 
     def encode(
         self,
         inputs: Sequence[str] | Sequence[Path],
         *,
-        batch_size: int = 32,
         advance: Callable[[int], None] | None = None,
+        unreadable: Callable[[int, TableError], None] | None = None,
     ) -> Features:
         """Features of `inputs`, as the model gives them (rows are not normalised).
 
+        One record at a time: beside others, a record would be padded to their length, and its features would follow
+        theirs, by rounding (BERT) or by much (a model that does not heed its mask). It costs about twice the time,
+        once.
+
         Args:
             inputs: n texts, or n paths of image files.
-            batch_size: records computed at once.
-            advance: called after every batch with the number of records in it.
+            advance: called after every record with the number of records done since, 1.
+            unreadable: called with the place of an image that cannot be read, whose row is zero then.
 
         Returns:
             float32 [n, width], row i for input i.
 
         Raises:
-            TableError: an image cannot be read.
+            TableError: an image cannot be read, and there is no `unreadable`.
             RunError: the model is in train mode, or a buffer changed.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size = {batch_size}; expected at least 1")
-        features = np.empty((len(inputs), self.width), dtype=np.float32)
-        for positions, batch in self._reader.batches(inputs, batch_size):
-            self._refuse_training()
-            with torch.inference_mode():
-                features[positions] = self._pooling.pool(self._model(**batch), batch).numpy()
-            if advance is not None:
-                advance(len(positions))
+        features = np.zeros((len(inputs), self.width), dtype=np.float32)
+        with _one_thread_a_record() as pool:
+            for start in range(0, len(inputs), _WINDOW):
+                self._refuse_training()
+                window: Sequence[str | Path] = inputs[start : start + _WINDOW]
+                read = [self._read(place, record, unreadable) for place, record in enumerate(window, start)]
+                for place, row in enumerate(pool.map(self._row, read), start):
+                    features[place] = row
+                    if advance is not None:
+                        advance(1)
         if len(inputs) > 0:
             self._refuse_drift()
         return features
+
+    def _read(
+        self, place: int, record: str | Path, unreadable: Callable[[int, TableError], None] | None
+    ) -> ModelInput | None:
+        try:
+            return self._reader.read(record)
+        except TableError as error:
+            if unreadable is None:
+                raise
+            unreadable(place, error)
+            return None
+
+    def _row(self, record: ModelInput | None) -> Features:
+        if record is None:
+            return np.zeros(self.width, dtype=np.float32)
+        with torch.inference_mode():
+            row: Features = self._pooling.pool(self._model(**record), record).numpy()[0]
+        return row
 
     def save(self, folder: Path) -> None:
         """Write the model to `folder` as transformers reads it: the loaded files themselves, byte for byte.
@@ -151,7 +188,7 @@ class _Pooling:
 
     name: str
     width: int
-    pool: Callable[[Any, Batch], Tensor]
+    pool: Callable[[Any, ModelInput], Tensor]
 
 
 def _pooling(model: nn.Module, reader: Reader, lacking: set[str]) -> _Pooling:
@@ -171,18 +208,18 @@ def _pooling(model: nn.Module, reader: Reader, lacking: set[str]) -> _Pooling:
     return _Pooling(name=name, width=row.shape[1], pool=pool)
 
 
-def _masked_mean(output: Any, batch: Batch) -> Tensor:
+def _masked_mean(output: Any, batch: ModelInput) -> Tensor:
     mask = batch["attention_mask"].unsqueeze(-1)
     hidden: Tensor = output.last_hidden_state
     return (hidden * mask).sum(1) / mask.sum(1)
 
 
-def _pooler(output: Any, batch: Batch) -> Tensor:
+def _pooler(output: Any, batch: ModelInput) -> Tensor:
     pooled: Tensor = output.pooler_output
     return pooled.flatten(1)
 
 
-def _mean(output: Any, batch: Batch) -> Tensor:
+def _mean(output: Any, batch: ModelInput) -> Tensor:
     """Over the tokens of [n, tokens, d], or the places of [n, d, height, width]."""
     hidden: Tensor = output.last_hidden_state
     return hidden.mean(1) if hidden.ndim == 3 else hidden.flatten(2).mean(2)
@@ -260,6 +297,21 @@ def _quiet() -> Iterator[None]:
             control.set_verbosity(level)
             if bars:
                 control.enable_progress_bar()
+
+
+@contextmanager
+def _one_thread_a_record() -> Iterator[ThreadPoolExecutor]:
+    """As many records at once as there are cores, each computed by one thread: its bits do not follow their number.
+
+    Several threads for one record would spend their time waiting for each other, more so beside other processes.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
 
 
 def _not_frozen(found: str) -> RunError:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
 
@@ -24,9 +23,9 @@ from veil.common.weights import COMPANIONS, sha256_of
 
 Modality = Literal["text", "image"]
 Features = npt.NDArray[np.float32]
-Batch = dict[str, Tensor]
+ModelInput = dict[str, Tensor]
+"""What a model takes for one record, by argument; the first dimension of each tensor is 1."""
 
-_WINDOW_BATCHES: Final = 64
 _CONFIGS: Final = ("config.json", "preprocessor_config.json")
 _VOCABULARIES: Final = frozenset(
     {
@@ -48,15 +47,19 @@ class Reader(Protocol):
     modality: Modality
     facts: dict[str, Any]
 
-    def batches(self, records: Sequence[Any], size: int) -> Iterator[tuple[list[int], Batch]]:
-        """Every record once, as (positions, model inputs), at most `size` at a time."""
+    def read(self, record: Any) -> ModelInput:
+        """One record as the model takes it.
 
-    def largest(self) -> Batch:
+        Raises:
+            TableError: it cannot be read.
+        """
+
+    def largest(self) -> ModelInput:
         """Model inputs for one record of the greatest size there can be."""
 
 
 class TextReader:
-    """Texts → token ids, padded on the right to the longest of a batch."""
+    """A text → token ids, as many as it has and at most `max_length`."""
 
     modality: Modality = "text"
 
@@ -77,30 +80,23 @@ class TextReader:
             "tokenizer": _digest({name: sha256_of(folder / name) for name in names}),
         }
 
-    def batches(self, records: Sequence[str], size: int) -> Iterator[tuple[list[int], Batch]]:
-        """Texts by length within a window of many batches, so that little padding is computed."""
-        window = size * _WINDOW_BATCHES
-        for start in range(0, len(records), window):
-            rows = self._tokens(records[start : start + window])
-            order = sorted(range(len(rows)), key=lambda one: len(rows[one]))
-            for first in range(0, len(order), size):
-                chosen = order[first : first + size]
-                yield [start + one for one in chosen], self._padded([rows[one] for one in chosen])
+    def read(self, record: str) -> ModelInput:
+        """A text's tokens."""
+        return _unpadded(self._tokens(record))
 
-    def largest(self) -> Batch:
+    def largest(self) -> ModelInput:
         """One text that fills `max_length`, with the vocabulary's last token in it."""
-        (row,) = self._tokens(["a " * self._max_length])
-        return self._padded([[*row[:-1], max(self._tokenizer.get_vocab().values())]])
+        row = self._tokens("a " * self._max_length)
+        return _unpadded([*row[:-1], max(self._tokenizer.get_vocab().values())])
 
-    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        tokens = self._tokenizer(list(texts), truncation=True, max_length=self._max_length)["input_ids"]
-        return [row or [self._padding] for row in tokens]
+    def _tokens(self, text: str) -> list[int]:
+        tokens: list[int] = self._tokenizer(text, truncation=True, max_length=self._max_length)["input_ids"]
+        return tokens or [self._padding]
 
-    def _padded(self, rows: list[list[int]]) -> Batch:
-        longest = max(map(len, rows))
-        ids = [row + [self._padding] * (longest - len(row)) for row in rows]
-        mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
-        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+def _unpadded(tokens: list[int]) -> ModelInput:
+    ids = torch.tensor([tokens])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 class ImageReader:
@@ -128,13 +124,11 @@ class ImageReader:
             "config": _config_digest(folder),
         }
 
-    def batches(self, records: Sequence[Path], size: int) -> Iterator[tuple[list[int], Batch]]:
-        """Images in the order given."""
-        for start in range(0, len(records), size):
-            chosen = list(range(start, min(start + size, len(records))))
-            yield chosen, self._scaled(np.stack([self._colours(records[one]) for one in chosen]))
+    def read(self, record: Path) -> ModelInput:
+        """An image's pixels."""
+        return self._scaled(self._colours(record)[None])
 
-    def largest(self) -> Batch:
+    def largest(self) -> ModelInput:
         """One black image."""
         return self._scaled(np.zeros((1, self._size, self._size, 3), np.float32))
 
@@ -156,7 +150,7 @@ class ImageReader:
             ) from None
         return np.asarray(square, np.float32)
 
-    def _scaled(self, colours: Features) -> Batch:
+    def _scaled(self, colours: Features) -> ModelInput:
         pixels = (colours * np.float32(self._factor) - self._mean) / self._std
         return {"pixel_values": torch.from_numpy(pixels).permute(0, 3, 1, 2)}
 
