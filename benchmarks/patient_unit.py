@@ -30,6 +30,19 @@ MEANINGLESS = 100.0
 PLANS = ("ade_corpus_v2", "chest_xray_pneumonia")
 
 
+_HEAD = """# Record or patient
+
+The plans of `benchmarks/plans` under both privacy units; medians with the smallest and largest value over
+{seeds} seeds (another split and other noise each); accuracy of the common model on held-out patients. The last column
+says what each promise is worth to a patient with the median, the 95th percentile and the largest number of records: a
+record-level promise weakens with every further record, a patient-level one does not. It counts a patient's presence or
+absence.
+
+    python benchmarks/patient_unit.py --datasets FOLDER --seeds {seeds}
+
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """One plan, unit and ε.
@@ -116,17 +129,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     chosen = parser.parse_args()
     cells = list(study(chosen.datasets, chosen.seeds))
-    text = f"""# Record or patient
-
-The plans of `benchmarks/plans` under both privacy units; medians with the smallest and largest value over
-{chosen.seeds} seeds (another split and other noise each); accuracy of the common model on held-out patients. The last column says what each
-promise is worth to a patient with the median, the 95th percentile and the largest number of records: a record-level
-promise weakens with every further record, a patient-level one does not. It counts a patient's presence or absence.
-
-    python benchmarks/patient_unit.py --datasets FOLDER --seeds {chosen.seeds}
-
-{table(cells)}
-"""
+    text = _HEAD.replace("{seeds}", str(chosen.seeds)) + table(cells) + "\n"
     (HERE / "PATIENT_UNIT.md").write_text(text, encoding="utf-8")
 
 

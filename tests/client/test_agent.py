@@ -24,19 +24,22 @@ from veil.client.connection import Connection, DeclinedError, NotAdmittedError, 
 from veil.client.workbench import ExecutorLostError, Workbench
 from veil.common.delivery import Progress, Standing
 from veil.common.errors import RefusalCode
-from veil.common.exchange import OfferReply, RoundReply, Willingness
+from veil.common.exchange import OfferReply, RoundReply, StatementReply, Willingness
 from veil.common.head import WEIGHT
 from veil.common.update import Update
 from veil.common.wire import (
     CHUNK,
     MANIFEST,
     OFFER,
+    STATEMENT,
     decode_offer_reply,
     decode_progress,
     decode_reply,
+    decode_statement_reply,
     encode_offer_reply,
     encode_progress,
     encode_reply,
+    encode_statement_reply,
 )
 
 UPDATE = Update(points={WEIGHT: np.zeros((2, 3), np.int64)}, spacing=1.0)
@@ -186,6 +189,7 @@ REFUSED = {
     f"query.{OFFER}": lambda content: decode_offer_reply(content).refusal,
     f"query.{MANIFEST}": lambda content: decode_progress(content).refusal,
     f"query.{CHUNK}": lambda content: decode_progress(content).refusal,
+    f"query.{STATEMENT}": lambda content: decode_statement_reply(content).refusal,
 }
 
 
@@ -325,9 +329,10 @@ def test_a_tally_counts_rounds_and_refused_offers() -> None:
         encode_offer_reply(OfferReply(job="other", willingness=Willingness.PENDING)),
         encode_progress(Progress(manifest="a" * 64, standing=Standing.COMPLETE)),
         encode_progress(Progress(manifest="", standing=Standing.REFUSED, refusal=RefusalCode.MALFORMED)),
+        encode_statement_reply(StatementReply(job="other", refusal=RefusalCode.APPROVAL)),
         RecordDict(),
     ],
-    ids=["ready", "pending", "delivered", "delivery refused", "nothing"],
+    ids=["ready", "pending", "delivered", "delivery refused", "no statement", "nothing"],
 )
 def test_other_messages_are_not_counted(content: RecordDict) -> None:
     tally = Tally()

@@ -17,14 +17,17 @@ from veil.common.delivery import Chunk, FileEntry, Manifest, Position, Progress,
 from veil.common.errors import RefusalCode
 from veil.common.exchange import Offer, OfferReply, RoundRequest, Willingness
 from veil.common.plan import RunPlan
+from veil.common.statement import Statement
 from veil.common.weights import WEIGHTS_NAME
 from veil.common.wire import (
     CHUNK,
     MANIFEST,
     OFFER,
+    STATEMENT,
     decode_offer_reply,
     decode_progress,
     decode_reply,
+    decode_statement_reply,
     encode_chunk,
     encode_manifest,
     encode_offer,
@@ -63,6 +66,20 @@ def test_a_round_and_an_offer_reach_the_site(ask: Ask, make_plan: MakePlan, make
     offer = Offer(plan=make_plan(), job="other")
     answer = decode_offer_reply(ask(f"query.{OFFER}", encode_offer(offer)))
     assert answer == OfferReply(job="other", willingness=Willingness.READY)
+
+
+def test_a_statement_is_asked_for_with_the_run_s_offer(
+    ask: Ask, make_plan: MakePlan, make_request: MakeRequest
+) -> None:
+    plan = make_plan()
+    ask("train", encode_request(make_request(plan)))
+    offer = encode_offer(Offer(plan=plan, job="job"))
+    reply = decode_statement_reply(ask(f"query.{STATEMENT}", offer))
+    assert reply.signed is not None and reply.signed.genuine
+    assert Statement.from_text(reply.signed.text).site == "Ulm"
+    for content in (changed(offer, job="a\nb"), changed(offer, plan=None), *EMPTY):
+        reply = decode_statement_reply(ask(f"query.{STATEMENT}", content))
+        assert (reply.job, reply.refusal) == ("", RefusalCode.MALFORMED)
 
 
 def test_a_delivery_reaches_the_site(ask: Ask, make_plan: MakePlan) -> None:

@@ -17,7 +17,7 @@ from veil.client.deployed import Operator, assemble, open_app
 from veil.client.policy import Limits
 from veil.client.site import Consent, Site
 from veil.client.site_file import SiteFile, read_site_file
-from veil.common.errors import InputError, RefusalCode, RefusalError
+from veil.common.errors import InputError, RefusalCode, RefusalError, TableError
 from veil.common.exchange import Offer, RoundRequest, Willingness
 from veil.common.noise import OSNoise
 from veil.common.plan import RunPlan
@@ -150,4 +150,22 @@ def test_a_site_without_its_key_does_not_open(make_home: MakeHome) -> None:
     home = make_home()
     (home / "keys" / "node.key").unlink()
     with pytest.raises(InputError, match=r"node\.key"):
+        open_app(home / "site.toml")
+
+
+def test_a_table_that_cannot_be_read_ends_the_executor_before_any_round(make_home: MakeHome) -> None:
+    """Were it read at the first round, a coordinator would learn of its records by which plan failed."""
+    home = make_home()
+    with (home / "table.csv").open("a", encoding="utf-8") as table:
+        table.write(",".join([*["0.5"] * 6, "a label that site.toml does not name"]) + "\n")
+    with pytest.raises(TableError):
+        open_app(home / "site.toml")
+
+
+def test_a_site_file_without_labels_is_refused(make_home: MakeHome) -> None:
+    home = make_home()
+    text = (home / "site.toml").read_text(encoding="utf-8")
+    start, end = text.index("[data.labels]"), text.index("[limits]")
+    (home / "site.toml").write_text(text[:start] + text[end:], encoding="utf-8")
+    with pytest.raises(InputError, match="labels"):
         open_app(home / "site.toml")

@@ -21,10 +21,11 @@ from veil.client.site import Consent, Site
 from veil.client.units import Units
 from veil.common.delivery import Chunk, FileEntry, Manifest, Position, Progress, Standing
 from veil.common.errors import RefusalCode, RefusalError, TableError
+from veil.common.evaluation import EVALUATION
 from veil.common.exchange import Offer, OfferReply, RoundReply, RoundRequest, Willingness
 from veil.common.head import CENTRE, WEIGHT, initial_adapter
 from veil.common.noise import spacing
-from veil.common.plan import Backbone, RunPlan
+from veil.common.plan import Backbone, Evaluation, RunPlan
 from veil.common.schedule import ReleaseKind, schedule
 from veil.common.update import Adapter
 from veil.common.weights import WEIGHTS_NAME
@@ -537,6 +538,19 @@ def test_the_number_of_units_leaves_only_where_it_was_declared_public(
         config = encode_reply(reply).config_records["config"]
         assert ("units" in config) == (told is not None)
         assert decode_reply(encode_reply(reply)).units == told
+
+
+def test_units_held_out_are_counted_where_the_number_is_public_and_a_plan_is_answered_for_its_budget(
+    make_plan: MakePlan, make_request: MakeRequest, make_site: MakeSite, make_units: Callable[..., Units]
+) -> None:
+    plan = make_plan().model_copy(update={"evaluation": Evaluation()})
+    units = replace(make_units(30), held=make_units(7))
+    site = make_site(units=lambda _: units, release_counts=True, epsilon_per_run=3.0, epsilon_lifetime=3.0)
+    replies = [site.answer(make_request(plan, release.round)) for release in schedule(plan)]
+    assert [reply.units for reply in replies] == [37] * 5
+    assert [list(points(reply)) for reply in replies] == [[CENTRE], [WEIGHT], [WEIGHT], [WEIGHT], [EVALUATION]]
+    assert points(site.answer(make_request(plan, 4))) == points(replies[-1])
+    assert len(site.ledger.entries()) == 5
 
 
 def test_a_refusal_tells_no_number_of_units(

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import random
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 from veil.client.chain import Fault
 from veil.client.ledger import Entry, Ledger
 from veil.client.lines import LineFile
+from veil.client.site_file import read_site_file
 from veil.client.verification import verify
 from veil.common.errors import InputError, RefusalError
 from veil.common.keys import NodeKey
@@ -216,3 +219,26 @@ def test_what_is_no_ledger_is_refused(tmp_path: Path, key: NodeKey) -> None:
     (tmp_path / "ledger.sqlite").write_bytes(b"no database at all, of whatever length")
     with pytest.raises(RefusalError):
         verify(tmp_path / "ledger.sqlite", "Ulm", key.public_pem)
+
+
+WITHOUT = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "flwr", "opacus", "transformers"):
+            raise ModuleNotFoundError(name + " is not installed", name=name)
+sys.meta_path.insert(0, Absent())
+from veil.simulations.cli import main
+main()
+"""
+
+
+def test_the_command_needs_no_torch_flower_or_transformers(make_home: Callable[..., Path], key: NodeKey) -> None:
+    home = make_home()
+    file = read_site_file(home / "site.toml")
+    file.agent.state.mkdir(parents=True)
+    with closing(Ledger(file.agent.ledger, file.name, key, anchor=file.agent.anchor)) as ledger:
+        answer(ledger, 0)
+    words = [sys.executable, "-c", WITHOUT, "site", "ledger", "verify", "--home", str(home)]
+    done = subprocess.run(words, capture_output=True, text=True, env={})
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout

@@ -100,6 +100,16 @@ def test_a_plan_is_frozen(tmp_path: Path) -> None:
         plan.seed = 8
 
 
+@pytest.mark.parametrize("wrong", ["holdout = 0.0", "holdout = 0.51", "share = 0.0", "share = 0.6", "every = 3"])
+def test_an_evaluation_out_of_range_is_named(tmp_path: Path, wrong: str) -> None:
+    assert parse(tmp_path, DESIGN).evaluation is None
+    evaluation = parse(tmp_path, DESIGN + "[evaluation]\n").evaluation
+    assert evaluation is not None and (evaluation.holdout, evaluation.share) == (0.2, 0.05)
+    with pytest.raises(PlanError) as caught:
+        parse(tmp_path, f"{DESIGN}[evaluation]\n{wrong}\n")
+    assert f"evaluation.{wrong.split()[0]}" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "columns",
     [

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from veil.common.errors import PlanError
-from veil.common.plan import RunPlan
-from veil.common.privacy import PrivacyUnit, gaussian_mu_squared, spent
+from veil.common.evaluation import EVALUATION_NORM
+from veil.common.plan import Evaluation, RunPlan
+from veil.common.privacy import PrivacyUnit, gaussian_mu_squared, gaussian_sigma, spent
 from veil.common.schedule import CENTRE_NORM, CENTRE_SHARE, ReleaseKind, local_steps, schedule
 
 
@@ -29,6 +30,7 @@ def epsilon(one: RunPlan) -> float:
     return spent([release.mechanism for release in schedule(one)], one.privacy.target_delta).epsilon
 
 
+HALVES = {"algorithm": "dp-fedavg", "rounds": 1, "sample_rate": 0.5, "centre": False}
 FEDAVG = {"algorithm": "dp-fedavg", "rounds": 20, "sample_rate": 0.1}
 
 
@@ -96,6 +98,31 @@ def test_fedavg_steps_pass_over_the_records_local_epochs_times(epochs: int, rate
 def test_more_rounds_need_more_noise_in_each() -> None:
     few, many = (schedule(plan({"rounds": rounds}))[-1].mechanism.noise_multiplier for rounds in (10, 40))
     assert many == pytest.approx(2 * few, rel=1e-4)
+
+
+def judged(training: dict[str, Any], **evaluation: float) -> RunPlan:
+    return plan(training).model_copy(update={"evaluation": Evaluation(**evaluation)})
+
+
+@pytest.mark.parametrize(
+    ("training", "share"),
+    [({"rounds": 30}, 0.05), ({"rounds": 1, "centre": False}, 0.5), (HALVES, 0.2)],
+)
+def test_an_evaluation_comes_last_and_is_paid_from_the_same_budget(training: dict[str, Any], share: float) -> None:
+    one = judged(training, share=share)
+    *before, last = schedule(one)
+    assert (last.round, last.kind.value) == (before[-1].round + 1, "evaluation")
+    assert (last.mechanism.steps, last.mechanism.sample_rate) == (1, 1.0)
+    assert last.mechanism.max_grad_norm == EVALUATION_NORM
+    assert last.mechanism.noise_multiplier == pytest.approx(gaussian_sigma(one.privacy.budget) / share**0.5)
+    assert 0.999 * 3.0 <= epsilon(one) <= 3.0
+    assert before[-1].mechanism.noise_multiplier > schedule(plan(training))[-1].mechanism.noise_multiplier
+
+
+def test_without_an_evaluation_a_plan_is_what_it_was() -> None:
+    """Its text, and so its hash in every ledger, does not know the section."""
+    assert "evaluation" not in plan().to_json()
+    assert ReleaseKind.EVALUATION not in {release.kind for release in schedule(plan())}
 
 
 def test_sites_and_coordinator_agree_whatever_table_the_simulation_has() -> None:

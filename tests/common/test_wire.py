@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.supercore.task_identity import TaskIdentity
 
 from veil.common.delivery import CHUNK_BYTES, Chunk, FileEntry, Manifest, Position, Progress, Standing
 from veil.common.errors import RefusalCode
-from veil.common.exchange import Offer, OfferReply, RoundReply, RoundRequest, Willingness
+from veil.common.exchange import Offer, OfferReply, RoundReply, RoundRequest, StatementReply, Willingness
 from veil.common.plan import RunPlan
 from veil.common.schedule import ReleaseKind
+from veil.common.statement import SignedStatement
 from veil.common.update import Adapter, Update
 from veil.common.wire import (
     WireError,
@@ -26,6 +28,7 @@ from veil.common.wire import (
     decode_progress,
     decode_reply,
     decode_request,
+    decode_statement_reply,
     encode_chunk,
     encode_manifest,
     encode_offer,
@@ -33,7 +36,9 @@ from veil.common.wire import (
     encode_progress,
     encode_reply,
     encode_request,
+    encode_statement_reply,
     payload_bytes,
+    refuses,
 )
 
 PLAN = RunPlan.model_validate(
@@ -335,3 +340,33 @@ def test_an_empty_question_or_answer(decode: Callable[[RecordDict], object]) -> 
     for content in (RecordDict(), RecordDict({"config": ConfigRecord({"job": "j"})})):
         with pytest.raises(WireError):
             decode(content)
+
+
+SIGNED = SignedStatement(text='{"site":"Ulm"}', signature=bytes(range(256)), public_pem=b"-----BEGIN PUBLIC KEY-----")
+
+
+def test_a_statement_and_a_refusal_of_one_arrive_as_they_left() -> None:
+    for answer in (
+        StatementReply(job="job-1", signed=SIGNED),
+        *(StatementReply(job="", refusal=code) for code in RefusalCode),
+    ):
+        assert decode_statement_reply(travelled(encode_statement_reply(answer))) == answer
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
+    refusal = encode_statement_reply(StatementReply(job="", refusal=RefusalCode.BUNDLE))
+    assert refuses(Message(refusal, 1, "query.statement"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"job": 1}, {"statement": None}, {"statement": b"{}"}, {"signature": "00"}, {"public-key": 5}, {"refusal": "no"}],
+)
+def test_a_statement_of_another_form_is_refused(change: dict[str, Any]) -> None:
+    honest = encode_statement_reply(StatementReply(job="j", signed=SIGNED))
+    with pytest.raises(WireError, match="statement"):
+        decode_statement_reply(travelled(changed(honest, **change)))
+
+
+def test_a_reply_holds_a_statement_or_a_refusal() -> None:
+    for both in ({}, {"signed": SIGNED, "refusal": RefusalCode.BUDGET}):
+        with pytest.raises(ValueError, match="exactly one"):
+            StatementReply(job="j", **both)  # type: ignore[arg-type]

@@ -19,12 +19,12 @@ from veil.common.invitation import Invitation
 from veil.common.keys import NodeKey
 from veil.common.plan import RunPlan
 from veil.server import cli
-from veil.server.certificate import describe
 from veil.server.home import Home
 from veil.server.jobs import Job, Phase
 from veil.server.link import open_link_state
 from veil.server.pki import issue_certificate, make_authority
 from veil.server.roster import Roster
+from veil.server.tls_certificate import describe
 from veil.simulations.cli import run_command
 
 Veil = Callable[..., tuple[int, str, str]]

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from veil.common.errors import InputError
+from veil.common.keys import NodeKey
+from veil.server import home as module
 from veil.server.home import SETTINGS_NAME, Home, Settings
 
 ODD = Settings(
@@ -43,6 +45,23 @@ def test_the_folder_is_its_owners(tmp_path: Path) -> None:
     home = Home.create(tmp_path / "home", Settings(hosts=("localhost",)))
     assert stat.S_IMODE(home.folder.stat().st_mode) == 0o700
     assert home.runs.is_dir()
+
+
+def test_the_signing_key_is_made_once_whole_and_readable_by_its_owner_alone(home: Home) -> None:
+    first = home.signing_key()
+    assert stat.S_IMODE(home.key_file.stat().st_mode) == 0o600
+    assert home.signing_key().public_pem == NodeKey.load(home.key_file).public_pem == first.public_pem
+    assert sorted(path.name for path in home.folder.iterdir() if "key" in path.name) == ["coordinator.key"]
+    home.key_file.chmod(0o640)
+    with pytest.raises(InputError, match="read by others"):
+        home.signing_key()
+
+
+def test_of_two_that_make_a_signing_key_at_once_both_get_the_first(home: Home) -> None:
+    """The other one looked before this one wrote."""
+    first = home.signing_key().public_pem
+    module._make_key(home.key_file)
+    assert home.signing_key().public_pem == first
 
 
 def test_a_folder_is_not_made_twice(tmp_path: Path) -> None:

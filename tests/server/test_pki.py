@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from veil.common.errors import InputError
-from veil.server.certificate import check_brought, describe
 from veil.server.pki import LINK_DAYS, issue_certificate, make_authority
+from veil.server.tls_certificate import check_brought, describe
 
 HOSTS = ["localhost", "127.0.0.1", "::1"]
 

@@ -20,6 +20,7 @@ from veil.server.jobs import Job
 from veil.server.model import TunedModel
 from veil.server.result import initial_state, write_result
 from veil.server.state import RoundRecord, RunState
+from veil.server.statements import Evidence
 
 TABLE = {"kind": "tabular-classification", "labels": ["a", "b"], "width": 4}
 TEXT = {"kind": "text-classification", "labels": ["a", "b"]}
@@ -87,9 +88,10 @@ def test_a_backbone_comes_from_the_shelf_or_not_at_all(home: Home, make_plan: Ma
 
 
 def test_the_result_is_a_model_and_a_report(home: Home, plan: RunPlan, job: Job, state: RunState) -> None:
-    write_result(plan, home, job, state, SECONDS)
+    write_result(plan, home, job, state, SECONDS, Evidence())
     folder = job.folder / "result"
-    assert names(folder) == {"report.json", "model/veil.json", "model/head/head.safetensors"}
+    model, pages = {"model/veil.json", "model/head/head.safetensors"}, {"statement.html", "model-card.html"}
+    assert names(folder) == {"report.json", "certificate.json", *model, *pages}
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert (report["job"], report["plan_sha256"], report["timing"]) == (job.name, plan.sha256, SECONDS)
     assert {one["name"]: one["units"] for one in report["sites"]} == {"Bonn": None, "Ulm": 120}
@@ -104,18 +106,20 @@ def test_a_crash_while_writing_leaves_no_result_and_the_next_attempt_a_whole_one
 
     with monkeypatch.context() as patch, pytest.raises(Crash):
         patch.setattr(result, "build_run_report", crash)
-        write_result(plan, home, job, state, SECONDS)
+        write_result(plan, home, job, state, SECONDS, Evidence())
     assert not (job.folder / "result").exists()
-    write_result(plan, home, job, state, SECONDS)
+    write_result(plan, home, job, state, SECONDS, Evidence())
     assert {path.name for path in job.folder.iterdir() if path.is_dir()} == {"result"}
     assert "report.json" in names(job.folder / "result")
 
 
-def test_what_is_written_twice_is_the_same(home: Home, plan: RunPlan, job: Job, state: RunState) -> None:
-    folder = job.folder / "result"
-    write_result(plan, home, job, state, SECONDS)
-    first = {name: (folder / name).read_bytes() for name in names(folder / ".") if name != "report.json"}
+def test_what_is_written_twice_is_the_same_but_for_times_and_signatures(
+    home: Home, plan: RunPlan, job: Job, state: RunState
+) -> None:
+    folder, dated = job.folder / "result", {"report.json", "certificate.json", "statement.html", "model-card.html"}
+    write_result(plan, home, job, state, SECONDS, Evidence())
+    first = {name: (folder / name).read_bytes() for name in names(folder) - dated}
     (folder / "left over").touch()
-    write_result(plan, home, job, state, SECONDS)
-    assert {name: (folder / name).read_bytes() for name in names(folder) if name != "report.json"} == first
+    write_result(plan, home, job, state, SECONDS, Evidence())
+    assert {name: (folder / name).read_bytes() for name in names(folder) - dated} == first
     assert json.loads((folder / "report.json").read_text(encoding="utf-8"))["job"] == job.name

@@ -4,16 +4,20 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from veil.common.errors import RefusalCode
+from veil.common.evaluation import design
 from veil.common.head import initial_adapter
 from veil.common.plan import RunPlan
 from veil.common.privacy import spent
-from veil.common.schedule import schedule
+from veil.common.schedule import ReleaseKind, schedule
 from veil.server.run_report import build_run_report
 from veil.server.state import RoundRecord, RunState
 
@@ -104,6 +108,48 @@ def test_every_refusal_stands_with_its_round(report: dict[str, Any]) -> None:
 def test_a_refusal_of_any_kind_is_reported(make_plan: MakePlan, state: RunState, code: RefusalCode) -> None:
     state.declined = {"Köln": code.value}
     assert site(build_run_report(make_plan(), "j", state, {}), "Köln")["refusals"] == {"offer": code.value}
+
+
+def judged(make_plan: MakePlan, state: RunState, right: int) -> dict[str, Any]:
+    """The report of a run whose two sites released what they held out."""
+    plan = make_plan(evaluation={"holdout": 0.2, "share": 0.2}, privacy={"target_epsilon": 8.0})
+    clean = design(2) @ np.array([right, right, 100, 100, 40.0])
+    points = tuple(np.rint(clean / schedule(plan)[-1].spacing).astype(int).tolist())
+    state.evaluation = {"Ulm": points, "Bonn": points}
+    last = replace(state.records[-1], round=4, kind=ReleaseKind.EVALUATION, bytes_down=9, bytes_up=9)
+    state.records.append(last)
+    return build_run_report(plan, "j", state, {})
+
+
+def test_an_evaluation_stands_with_its_errors(make_plan: MakePlan, state: RunState) -> None:
+    report = judged(make_plan, state, right=400)
+    whole, (bonn, ulm) = report["evaluation"], report["evaluation"]["per_site"]
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert (whole["sites"], whole["holdout"], whole["confidence"]) == (2, 0.2, 0.95)
+    assert (bonn["name"], ulm["name"]) == ("Bonn", "Ulm")
+    assert whole["count"]["value"] == pytest.approx(2000, rel=1e-4)
+    assert ulm["count"]["value"] == pytest.approx(1000, rel=1e-4)
+    assert whole["accuracy"]["value"] == ulm["accuracy"]["value"] == pytest.approx(0.8, rel=1e-4)
+    assert whole["count"]["standard_error"] == pytest.approx(math.sqrt(2) * ulm["count"]["standard_error"])
+    assert whole["accuracy"]["standard_error"] < ulm["accuracy"]["standard_error"]
+    assert whole["accuracy"]["low"] < 0.8 < whole["accuracy"]["high"]
+    assert set(whole["classes"]) == {"a", "b"}
+    assert set(whole["classes"]["a"]) == {"count", "share", "recall"}
+
+
+def test_the_bytes_of_a_round_are_those_of_training(make_plan: MakePlan, state: RunState) -> None:
+    assert judged(make_plan, state, right=400)["bytes"] == {"per_round_per_site": 3003, "down": 2003, "up": 1000}
+
+
+def test_the_epsilon_of_an_evaluation_is_in_the_sites(make_plan: MakePlan, state: RunState) -> None:
+    ulm = site(judged(make_plan, state, right=400), "Ulm")
+    plan = make_plan(evaluation={"holdout": 0.2, "share": 0.2}, privacy={"target_epsilon": 8.0})
+    assert ulm["rounds"] == 5
+    assert ulm["epsilon"] == spent([release.mechanism for release in schedule(plan)], 1e-5).epsilon
+
+
+def test_without_an_evaluation_there_is_none(report: dict[str, Any]) -> None:
+    assert report["evaluation"] is None
 
 
 def test_of_a_sites_records_it_knows_what_the_site_declared_public(report: dict[str, Any]) -> None:

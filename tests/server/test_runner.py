@@ -11,6 +11,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,16 @@ from veil.client.ledger import Ledger
 from veil.client.policy import Limits, SitePolicy
 from veil.client.site import Consent, Site
 from veil.client.units import Units
+from veil.common.certificate import COORDINATOR
 from veil.common.errors import RunError
-from veil.common.exchange import OfferReply, Willingness
+from veil.common.exchange import OfferReply, StatementReply, Willingness
 from veil.common.keys import NodeKey
 from veil.common.noise import OSNoise
-from veil.common.plan import Backbone, RunPlan
+from veil.common.plan import Backbone, Evaluation, RunPlan
+from veil.common.statement import SignedStatement
+from veil.common.verdict import Word, judge
 from veil.common.weights import fingerprint, locate
-from veil.common.wire import decode_offer, encode_offer_reply
+from veil.common.wire import decode_offer, encode_offer_reply, encode_statement_reply
 from veil.server import link_grid, runner
 from veil.server.home import Home
 from veil.server.jobs import Job, Phase
@@ -73,17 +77,20 @@ def records(width: int, seed: int) -> Units:
 class Member:
     """A site in a thread, the agent's app over a real Site; it can be told to answer otherwise."""
 
-    def __init__(self, end: Any, folder: Path, name: str, *, width: int, accept: bool, limits: dict[str, Any]) -> None:
+    def __init__(
+        self, end: Any, folder: Path, name: str, key: NodeKey, *, width: int, accept: bool, limits: dict[str, Any]
+    ) -> None:
         self.name, self.end = name, end
         self.consent = Consent.GIVEN
         self.answer: Callable[[Message], RecordDict] | None = None
+        self.statement: RecordDict | None = None
         self.asked: list[str] = []
-        self.ledger = Ledger(folder / f"{name}.sqlite", name, NodeKey.generate())
+        self.ledger = Ledger(folder / f"{name}.sqlite", name, key)
         found = records(width, len(name))
         site = Site(
             policy=SitePolicy(name=name, limits=Limits(**{"epsilon_per_run": 8, "epsilon_lifetime": 8, **limits})),
             ledger=self.ledger,
-            units=lambda plan: found,
+            units=lambda plan: replace(found, held=records(width, 0)) if plan.evaluation else found,
             noise=lambda request: OSNoise(),
             consent=lambda job, plan: self.consent,
             backbones=BackboneStore(folder / name, mirror=None, accept=accept),
@@ -113,7 +120,9 @@ class Member:
             if message is None:
                 continue
             self.asked.append(message.metadata.message_type)
-            if self.answer is None:
+            if self.statement is not None and message.metadata.message_type == "query.statement":
+                self.end.send(Message(content=self.statement, reply_to=message))
+            elif self.answer is None:
                 self.end.send(self._app(message, context))
             else:
                 self.end.send(Message(content=self.answer(message), reply_to=message))
@@ -127,9 +136,9 @@ class Federation:
         self.state = open_link_state(home.database).state()
         self.roster = stack.enter_context(closing(Roster(home.roster, self.state)))
 
-    def enrol(self, name: str) -> int:
+    def enrol(self, name: str, key: NodeKey | None = None) -> int:
         secret = self.roster.invite(name, self.home.url, self.ca, 1).secret
-        self.roster.admit(secret, NodeKey.generate().public_pem)
+        self.roster.admit(secret, (key or NodeKey.generate()).public_pem)
         (node_id,) = (one.node_id for one in self.roster.sites() if one.name == name and one.revoked_at is None)
         assert node_id is not None
         return node_id
@@ -139,8 +148,9 @@ class Federation:
         return self.home.path(self.home.settings.ca).read_text(encoding="ascii")
 
     def join(self, name: str, *, width: int = WIDTH, accept: bool = False, **limits: Any) -> Member:
-        end = self._make_site_end(self.state, self.enrol(name))
-        member = Member(end, self._folder, name, width=width, accept=accept, limits=limits)
+        key = NodeKey.generate()
+        end = self._make_site_end(self.state, self.enrol(name, key))
+        member = Member(end, self._folder, name, key, width=width, accept=accept, limits=limits)
         return self._stack.enter_context(member)
 
     def submit(self, plan: RunPlan) -> Job:
@@ -211,12 +221,51 @@ def test_a_run_goes_from_the_offer_to_the_result(federation: Federation, plan: P
     assert status.sites == {"Bonn": "replied", "Ulm": "replied"}
     assert bonn.rounds(job) == ulm.rounds(job) == list(range(ROUNDS + 1))
     assert job.beat_at > 0.0
-    assert bonn.asked == ulm.asked == ["query.offer", *["train"] * (ROUNDS + 1)]
+    assert bonn.asked == ulm.asked == ["query.offer", *["train"] * (ROUNDS + 1), "query.statement"]
     assert report_of(job)["job"] == job.name
     assert (site_of(job, "Bonn")["units"], site_of(job, "Ulm")["units"]) == (30, None)
     state, tuned = RunState.load(job.checkpoint, job.plan), TunedModel.load(job.folder / "result" / "model")
     assert tuned.adapter.to_bytes() == state.descent.adapter.to_bytes()
     assert state.descent.weight.any()
+
+
+def test_a_run_with_an_evaluation_ends_with_what_the_sites_released(federation: Federation, plan: Plan) -> None:
+    bonn = federation.join("Bonn")
+    federation.join("Ulm")
+    job = federation.submit(plan().model_copy(update={"evaluation": Evaluation(share=0.5)}))
+    run_job(federation.home, job)
+    assert (job.status.phase, bonn.rounds(job)) == (Phase.FINISHED, list(range(ROUNDS + 2)))
+    told = report_of(job)["evaluation"]
+    assert [one["name"] for one in told["per_site"]] == ["Bonn", "Ulm"]
+    assert abs(told["count"]["value"] - 60) < 6 * told["count"]["standard_error"]
+    assert site_of(job, "Ulm")["rounds"] == ROUNDS + 2
+
+
+def test_a_run_ends_with_a_certificate_that_the_enrolled_keys_check(federation: Federation, plan: Plan) -> None:
+    federation.join("Bonn")
+    federation.join("Ulm")
+    job = federation.submit(plan())
+    run_job(federation.home, job)
+    keys = {site.name: site.public_pem for site in federation.roster.sites()}
+    keys[COORDINATOR] = NodeKey.load(federation.home.key_file).public_pem
+    verdict = judge(job.folder / "result" / "certificate.json", keys)
+    assert (verdict.word, verdict.keys_compared, verdict.findings) == (Word.VALID, True, ())
+    assert {name: site.rounds for name, site in verdict.sites.items()} == {"Bonn": ROUNDS + 1, "Ulm": ROUNDS + 1}
+    assert verdict.run is not None and not verdict.run.simulation
+
+
+def test_a_site_that_makes_no_statement_is_named_and_the_run_is_finished(federation: Federation, plan: Plan) -> None:
+    """One that says what cannot be read, one that signs with another key than it was enrolled with."""
+    members = [federation.join(name) for name in ("Bonn", "Kiel", "Ulm")]
+    job = federation.submit(plan())
+    members[0].statement = RecordDict({"config": ConfigRecord({"job": job.name})})
+    impostor = SignedStatement(text="{}", signature=b"", public_pem=NodeKey.generate().public_pem)
+    members[1].statement = encode_statement_reply(StatementReply(job=job.name, signed=impostor))
+    run_job(federation.home, job)
+    assert job.status.phase is Phase.FINISHED
+    verdict = judge(job.folder / "result" / "certificate.json", {})
+    assert (verdict.word, dict(verdict.missing)) == (Word.INCOMPLETE, {"Bonn": "malformed", "Kiel": "malformed"})
+    assert (verdict.unvouched, set(verdict.sites)) == (("Bonn", "Kiel"), {"Ulm"})
 
 
 def test_a_site_that_waits_for_its_operator_is_waited_for(federation: Federation, plan: Plan) -> None:
@@ -362,7 +411,7 @@ def test_a_round_that_was_answered_and_not_saved_is_paid_for_once(
     assert [member.asked.count("train") for member in members] == [ROUNDS + 2] * 2
 
 
-def test_a_run_whose_result_alone_is_missing_asks_nobody(
+def test_a_run_whose_result_alone_is_missing_asks_for_statements_alone(
     federation: Federation, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     members = [federation.join("Bonn"), federation.join("Ulm")]
@@ -374,11 +423,11 @@ def test_a_run_whose_result_alone_is_missing_asks_nobody(
     with monkeypatch.context() as patch, pytest.raises(Crash):
         patch.setattr(runner, "write_result", crash)
         federation.run(job, lambda: None)
-    asked = [len(member.asked) for member in members]
+    asked = [list(member.asked) for member in members]
     run_job(federation.home, job)
     assert job.status.phase is Phase.FINISHED
     assert report_of(job)["job"] == job.name
-    assert [len(member.asked) for member in members] == asked
+    assert [member.asked for member in members] == [[*before, "query.statement"] for before in asked]
 
 
 def test_a_run_that_is_stopped_can_go_on(federation: Federation, plan: Plan) -> None:

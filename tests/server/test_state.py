@@ -47,6 +47,7 @@ def state(make_plan: MakePlan) -> RunState:
     made.records = [RECORD]
     made.heads = {"Ulm": "ab" * 32}
     made.units = {"Ulm": 0.1 + 0.2, "Bonn": 5e-324}
+    made.evaluation = {"Bonn": (2**52 + 1, -7, 0), "Ulm": (1, 2, 3)}
     made.declared = {"Bonn": 17}
     made.cohort, made.declined = ("Bonn", "Ulm"), {"Köln": "budget"}
     return made
@@ -60,7 +61,7 @@ def same(one: RunState, other: RunState) -> bool:
     )
     return arrays and all(
         getattr(one, name) == getattr(other, name)
-        for name in ("records", "heads", "units", "declared", "cohort", "declined")
+        for name in ("records", "heads", "units", "evaluation", "declared", "cohort", "declined")
     )
 
 
@@ -171,6 +172,9 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path, state: RunState) -> None:
         {"heads": 7},
         {"units": {"Ulm": 7}},
         {"units": None},
+        {"evaluation": None},
+        {"evaluation": {"Ulm": 7}},
+        {"evaluation": {"Ulm": ["many"]}},
         {"declined": None},
         {"cohort": 7},
     ],

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from veil.common.errors import RefusalCode, RunError
+from veil.common.evaluation import EVALUATION, EVALUATION_NORM, quality
 from veil.common.exchange import RoundReply
 from veil.common.head import CENTRE, WEIGHT, initial_adapter
 from veil.common.noise import spacing
@@ -231,5 +232,49 @@ def test_too_few_replies_stop_the_run_and_leave_the_model() -> None:
 
 
 def test_kinds_are_asked_in_the_plans_order() -> None:
-    kinds = [release.kind for release in schedule(plan(training={"rounds": 2}))]
-    assert kinds == [ReleaseKind.CENTRE, ReleaseKind.GRADIENT, ReleaseKind.GRADIENT]
+    kinds = [release.kind for release in schedule(plan(training={"rounds": 2}, evaluation={}))]
+    assert kinds == [ReleaseKind.CENTRE, ReleaseKind.GRADIENT, ReleaseKind.GRADIENT, ReleaseKind.EVALUATION]
+
+
+def evaluating(**cohort: Any) -> SumOfUpdates:
+    """A run whose next round is its evaluation."""
+    chosen = plan(
+        cohort={"min_sites": 3, "nominal_units": 10, **cohort},
+        training={"centre": False, "rounds": 1},
+        evaluation={"holdout": 0.3},
+    )
+    one = SumOfUpdates(plan=chosen, job="j", state=RunState(descent=descent(chosen)), watch=lambda state: None)
+    one.aggregate_train(1, messages(*(reply(gradient_update(1.0), site=site) for site in "abc")))
+    return one
+
+
+def evaluation_update(*counts: float) -> Update:
+    points = np.rint(np.array(counts) / spacing(EVALUATION_NORM)).astype(np.int64)
+    return Update(points={EVALUATION: points}, spacing=spacing(EVALUATION_NORM))
+
+
+@pytest.mark.parametrize("aggregation", ["sum", "median"])
+def test_an_evaluation_is_the_sum_of_the_sites_and_moves_nothing(aggregation: str) -> None:
+    """Also where updates are aggregated by another rule, which would leave the largest site's units out."""
+    one = evaluating(aggregation=aggregation)
+    before, units = one.state.descent.adapter.to_bytes(), one.state.descent.units
+    sent = {site: (8.0 * size, 9.0, 1.0, 2.0, 8.5, 1.5, 4.0) for site, size in (("a", 1), ("b", 2), ("c", 10))}
+    replies = [reply(evaluation_update(*counts), site=site, round=2) for site, counts in sent.items()]
+    one.aggregate_train(2, messages(*replies))
+    assert (one.state.descent.adapter.to_bytes(), one.state.descent.units) == (before, units)
+    kept = np.array([one.state.evaluation[site] for site in "abc"]) * spacing(EVALUATION_NORM)
+    np.testing.assert_allclose(kept, list(sent.values()), atol=1e-5)
+    assert one.state.records[-1].kind is ReleaseKind.EVALUATION
+    report = build_run_report(one.plan, one.job, one.state, {})
+    exact = quality(np.sum(list(sent.values()), axis=0), 1.0, ["a", "b"])
+    assert report["evaluation"]["count"]["value"] == pytest.approx(exact.count.value, rel=1e-4)
+    assert [one["name"] for one in report["evaluation"]["per_site"]] == ["a", "b", "c"]
+
+
+def test_an_evaluation_of_another_form_is_refused_and_one_with_too_few_stops_the_run() -> None:
+    one = evaluating()
+    fitting = reply(evaluation_update(*[1.0] * 7), site="a", round=2)
+    for wrong in (gradient_update(1.0), evaluation_update(*[1.0] * 6), evaluation_update(*[1e8] * 7)):
+        with pytest.raises(RunError, match="node 7: malformed"):
+            one.aggregate_train(2, messages(fitting, fitting, reply(wrong, site="b", round=2)))
+    assert one.state.evaluation == {}

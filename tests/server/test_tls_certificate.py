@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of `veil.server.certificate`: a certificate from elsewhere works or is refused with its reason."""
+"""Tests of `veil.server.tls_certificate`: a certificate from elsewhere works or is refused with its reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
 from cryptography.x509.oid import NameOID
 
 from veil.common.errors import InputError
-from veil.server.certificate import check_brought, describe, general_name
+from veil.server.tls_certificate import check_brought, describe, general_name
 
 NOON = datetime(2030, 5, 1, 12, tzinfo=UTC)
 RSA = rsa.generate_private_key(public_exponent=65537, key_size=2048)

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scipy.stats import chi, norm
+from scipy.stats import binom, chi, norm
 
 from veil.client.gradient import clipped_head_sum
 from veil.client.release import delta_update
 from veil.client.units import HeadBatch, Units
 from veil.common.errors import RefusalCode
+from veil.common.evaluation import EVALUATION_NORM
 from veil.common.exchange import RoundReply
 from veil.common.head import CENTRE, WEIGHT, initial_adapter
 from veil.common.noise import clip_bound, privatize
@@ -25,7 +26,7 @@ from veil.common.schedule import CENTRE_NORM, COUNT_WEIGHT, Release, ReleaseKind
 from veil.common.update import Update
 from veil.common.wire import WireError
 from veil.server.descent import Descent
-from veil.server.validation import counted_units, longest, validate
+from veil.server.validation import counted_units, longest, most_held_out, validate
 
 WIDTH, UNITS = 3, 20
 GRADIENT = Release(round=1, kind=ReleaseKind.GRADIENT, mechanism=Mechanism(noise_multiplier=2.0, max_grad_norm=0.5))
@@ -146,6 +147,29 @@ def test_an_honest_extreme_of_local_steps_passes(make_plan: Callable[..., RunPla
     longer = Update(points={WEIGHT: update.points[WEIGHT] * 5 // 4}, spacing=update.spacing)
     with pytest.raises(WireError, match="an update of length"):
         check(longer, DELTA, descent)
+
+
+JUDGED = Release(
+    round=4, kind=ReleaseKind.EVALUATION, mechanism=Mechanism(noise_multiplier=6.0, max_grad_norm=EVALUATION_NORM)
+)
+
+
+@pytest.mark.parametrize("holdout", [0.05, 0.2, 0.5])
+@pytest.mark.parametrize("training", [1, 40, 10_000])
+def test_the_bound_on_units_held_out_is_met_by_no_honest_site(holdout: float, training: int) -> None:
+    """Of whatever number of units, so few train and so many are held out with a chance below 1e-8."""
+    most = most_held_out(training, holdout)
+    for units in np.unique(np.geomspace(1, 10 * most + 10 * training, 60).astype(np.int64)):
+        assert binom.sf(max(most, units - training - 1), units, holdout) < 1e-8
+    assert most < 1.5 * training * holdout / (1 - holdout) + 12 * math.sqrt(training) + 40
+
+
+def test_an_evaluation_is_bounded_by_the_units_a_site_can_hold_out(make_plan: Callable[..., RunPlan]) -> None:
+    descent = started(make_plan(evaluation={"holdout": 0.2}))
+    noise = 6.0 * (math.sqrt(7) + 6.0)
+    assert longest(JUDGED, descent, 7, None) == pytest.approx(EVALUATION_NORM * (UNITS + noise))
+    assert longest(JUDGED, descent, 7, 2.0) == pytest.approx(EVALUATION_NORM * (most_held_out(2.0, 0.2) + noise))
+    assert longest(JUDGED, descent, 7, 1e9) == longest(JUDGED, descent, 7, None)
 
 
 @pytest.mark.parametrize("size", [1, 2, 10, 770, 10**4, 10**7])

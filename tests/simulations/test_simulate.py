@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
@@ -19,6 +20,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from veil.client.ledger import entries_of, total
+from veil.common.evaluation import EVALUATION_NORM
 
 Veil = Callable[..., tuple[int, str, str]]
 
@@ -49,7 +51,8 @@ def test_the_folder_is_complete_and_the_picture_can_be_seen(
 ) -> None:
     report_of(veil, write_plan(), tmp_path / "out")
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["ledger.sqlite", "model", "picture.png", "report.json"]
+    pages = ["model-card.html", "picture.png", "report.json", "statement.html"]
+    assert names == ["certificate.json", "ledger.sqlite", "model", *pages]
     with Image.open(tmp_path / "out" / "picture.png") as picture:
         assert picture.width > 1000 and len(set(picture.convert("L").resize((64, 64)).tobytes())) > 20
 
@@ -135,6 +138,41 @@ def test_a_patient_is_one_unit(
     for site in report["sites"]:
         assert site["units"] < site["records"]
     assert "one patient of that site" in report["statement"]
+
+
+def test_an_evaluation_is_released_charged_and_told_with_its_errors(
+    veil: Veil, write_plan: Callable[..., Path], tmp_path: Path
+) -> None:
+    random = np.random.default_rng(1)
+    table = pd.DataFrame({"a": random.normal(size=2400), "b": random.normal(size=2400)})
+    table["label"] = np.where(table["a"] > 0, "ill", "well")
+    table["site"] = np.repeat(["Bern", "Graz", "Ulm"], 800)
+    plan = write_plan(table, evaluation={"holdout": 0.4, "share": 0.2}, simulation={"baselines": []})
+    code, out, _ = veil("simulate", plan, "--output", tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    told, exact = report["evaluation"], report["metrics"]["federated"]
+    assert code == 0 and report["rounds"][-1]["kind"] == "evaluation"
+    assert all(7.99 < site["epsilon"] <= 8.0 and site["rounds"] == 7 for site in report["sites"])
+    entries = entries_of(tmp_path / "out" / "ledger.sqlite", "Graz")
+    assert entries[-1].mechanism.max_grad_norm == EVALUATION_NORM
+    held = 0.4 * sum(site["records"] for site in report["sites"])
+    error = 6 * math.hypot(told["count"]["standard_error"], math.sqrt(held * 0.6))
+    assert abs(told["count"]["value"] - held) < error < held / 4
+    assert abs(told["accuracy"]["value"] - exact["accuracy"]) < 6 * told["accuracy"]["standard_error"] < 0.5
+    assert abs(told["loss"]["value"] - exact["loss"]) < 6 * told["loss"]["standard_error"]
+    assert [one["name"] for one in told["per_site"]] == ["Bern", "Graz", "Ulm"]
+    accuracy = " ({:.1f} to {:.1f} %)".format(100 * told["accuracy"]["low"], 100 * told["accuracy"]["high"])
+    assert "as the sites released it" in out and accuracy in out
+
+
+def test_an_evaluation_of_too_few_says_so(veil: Veil, write_plan: Callable[..., Path], tmp_path: Path) -> None:
+    plan = write_plan(
+        evaluation={"share": 0.001}, simulation={"baselines": [], "noise": "fixed"}, privacy={"target_epsilon": 1.0}
+    )
+    code, out, _ = veil("simulate", plan, "--output", tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert code == 0 and report["evaluation"]["accuracy"]["value"] is None
+    assert "accuracy not known: the noise outweighs what was counted" in out
 
 
 def test_json_on_stdout_is_the_report(veil: Veil, write_plan: Callable[..., Path], tmp_path: Path) -> None:

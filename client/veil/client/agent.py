@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The site's agent: keeps the line to the coordinator, hands each message to the executor, sends the answer back.
 
-Promises that it fetches and runs no code, that it goes on after lost lines and lost executors, and that what it writes
-about itself holds nothing about the records.
+Promises that it fetches and runs no code, that no answer leaves with a field that the inventory does not list, that it
+goes on after lost lines and lost executors, and that what it writes about itself holds nothing about the records.
 """
 
 from __future__ import annotations
@@ -26,17 +26,20 @@ from veil.client.connection import Connection, DeclinedError, NotAdmittedError, 
 from veil.client.workbench import ExecutorLostError, Workbench
 from veil.common.delivery import Progress, Standing
 from veil.common.errors import RefusalCode
-from veil.common.exchange import OfferReply, RoundReply, Willingness
+from veil.common.exchange import OfferReply, RoundReply, StatementReply, Willingness
+from veil.common.inventory import check_outgoing
 from veil.common.wire import (
     CHUNK,
     MANIFEST,
     OFFER,
+    STATEMENT,
     WireError,
     decode_offer_reply,
     decode_reply,
     encode_offer_reply,
     encode_progress,
     encode_reply,
+    encode_statement_reply,
 )
 
 POLL_S, IDLE_POLL_S = 0.1, 2.0
@@ -94,6 +97,10 @@ class Tally:
         partial.replace(path)
 
 
+def _action(message: Message) -> str:
+    return message.metadata.message_type.removeprefix("query.")
+
+
 def _message(frame: bytes) -> Message | None:
     """An executor's answer; None for what is no message with content."""
     try:
@@ -118,12 +125,20 @@ class Agent:
         connect: opens the line to the coordinator.
         workbench: its executor.
         status_file: where it says how it is.
+        counts: whether the site's owner declares the number of units public.
     """
 
     def __init__(
-        self, *, site: str, connect: Callable[[], Connection], workbench: Workbench, status_file: Path
+        self,
+        *,
+        site: str,
+        connect: Callable[[], Connection],
+        workbench: Workbench,
+        status_file: Path,
+        counts: bool = False,
     ) -> None:
         self.tally = Tally()
+        self._counts = counts
         self._site, self._connect, self._workbench, self._status_file = site, connect, workbench, status_file
         self._line: Connection | None = None
 
@@ -182,15 +197,22 @@ class Agent:
             _log.error("the executor answered with what is no message; it is ended")
             self._workbench.close()
             return self._refuse(message, RefusalCode.INTERNAL)
+        try:
+            check_outgoing(reply.content, _action(message), counts=self._counts)
+        except WireError as error:
+            _log.error("an answer stays here: %s", error)
+            return self._refuse(message, RefusalCode.INTERNAL)
         self.tally.note(reply.content)
         return reply
 
     def _refuse(self, message: Message, code: RefusalCode) -> Message:
-        match message.metadata.message_type.removeprefix("query."):
+        match _action(message):
             case action if action == OFFER:
                 content = encode_offer_reply(OfferReply(job="", willingness=Willingness.REFUSED, refusal=code))
             case action if action in {MANIFEST, CHUNK}:
                 content = encode_progress(Progress(manifest="", standing=Standing.REFUSED, refusal=code))
+            case action if action == STATEMENT:
+                content = encode_statement_reply(StatementReply(job="", refusal=code))
             case _:
                 content = encode_reply(RoundReply(site=self._site, job="", round=-1, refusal=code))
         self.tally.note(content)

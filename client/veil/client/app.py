@@ -14,11 +14,12 @@ from flwr.clientapp import ClientApp
 from veil.client.site import Site
 from veil.common.delivery import Progress, Standing
 from veil.common.errors import RefusalCode
-from veil.common.exchange import OfferReply, RoundReply, Willingness
+from veil.common.exchange import OfferReply, RoundReply, StatementReply, Willingness
 from veil.common.wire import (
     CHUNK,
     MANIFEST,
     OFFER,
+    STATEMENT,
     WireError,
     decode_chunk,
     decode_manifest,
@@ -27,6 +28,7 @@ from veil.common.wire import (
     encode_offer_reply,
     encode_progress,
     encode_reply,
+    encode_statement_reply,
 )
 
 _NO_DELIVERY = Progress(manifest="", standing=Standing.REFUSED, refusal=RefusalCode.MALFORMED)
@@ -72,5 +74,13 @@ def client_app(open_site: Callable[[Context], Site]) -> ClientApp:
         except WireError:
             progress = _NO_DELIVERY
         return Message(content=encode_progress(progress), reply_to=message)
+
+    @app.query(STATEMENT)
+    def attest(message: Message, context: Context) -> Message:
+        try:
+            reply = open_site(context).attest(decode_offer(message.content))
+        except WireError:
+            reply = StatementReply(job="", refusal=RefusalCode.MALFORMED)
+        return Message(content=encode_statement_reply(reply), reply_to=message)
 
     return app

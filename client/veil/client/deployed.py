@@ -13,10 +13,11 @@ from flwr.clientapp import ClientApp
 
 from veil.client.app import client_app
 from veil.client.approvals import Approvals, Decision
+from veil.client.attest import AUDIT_FILE
 from veil.client.backbone_store import BackboneStore
 from veil.client.executor import main
 from veil.client.ledger import Ledger
-from veil.client.records import SiteRecords, check_columns
+from veil.client.records import SiteRecords, check_columns, look
 from veil.client.site import Consent, Site
 from veil.client.site_file import SiteFile, read_site_file
 from veil.common.keys import NodeKey
@@ -40,6 +41,7 @@ def assemble(file: SiteFile) -> Site:
         noise=lambda request: OSNoise(),
         consent=Operator(Approvals(agent.runs), file).consent,
         backbones=store,
+        audit=agent.state / AUDIT_FILE,
     )
 
 
@@ -75,12 +77,16 @@ def backbone_store(file: SiteFile) -> BackboneStore:
 
 
 def open_app(path: Path) -> ClientApp:
-    """The ClientApp of a site file.
+    """The ClientApp of a site file, once all its records were read.
+
+    A table that cannot be read ends it here, before any coordinator could learn of it by asking for rounds.
 
     Raises:
-        VeilError: as `assemble`.
+        VeilError: as `assemble` and `look`.
     """
-    site = assemble(read_site_file(path))
+    file = read_site_file(path)
+    look(file)
+    site = assemble(file)
     return client_app(lambda context: site)
 
 

@@ -61,7 +61,11 @@ def clipped_mean_sum(rows: NDArray[np.float64], constant: float, bound: float) -
     Returns:
         [d + 1].
     """
-    vectors = np.hstack([rows, np.full((len(rows), 1), constant)])
+    return clipped_sum(np.hstack([rows, np.full((len(rows), 1), constant)]), bound)
+
+
+def clipped_sum(vectors: NDArray[np.float64], bound: float) -> NDArray[np.float64]:
+    """Sum over units of their vectors [units, m], none longer than the bound; [m]."""
     norms = np.linalg.norm(vectors, axis=1)
     total: NDArray[np.float64] = np.minimum(1.0, bound / np.maximum(norms, 1e-300)) @ vectors
     return total

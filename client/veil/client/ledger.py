@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from veil.client.anchor import Anchor, disagreement
-from veil.client.books import Books, Entry, total
+from veil.client.books import Books, Entry, Extract, total
 from veil.client.chain import Line, examine, genesis, seal
 from veil.client.lines import FileLock, LineFile
 from veil.common.errors import InputError, RefusalCode, RefusalError
@@ -108,6 +109,17 @@ class Ledger:
         with self._mutex:
             self._catch_up()
             return tuple(self._books.entries)
+
+    def extract(self, job: str) -> Extract:
+        """What the lines say of one run and of everything, at one moment."""
+        with self._mutex:
+            self._catch_up()
+            return self._books.extract(job)
+
+    @property
+    def key(self) -> NodeKey:
+        """The site's, which signs the lines and what is said about them."""
+        return self._key
 
     def head(self) -> str:
         """Hash of the last line, 64 hexadecimal digits; before the first line a constant of the site's name."""
@@ -251,7 +263,8 @@ class Ledger:
                 self._anchor.publish()
 
     def _add(self, added: list[Line], fields: Mapping[str, Any]) -> int:
-        line = seal({**fields, "at": datetime.now(UTC).isoformat()}, self._books.head, self._key)
+        salted = {**fields, "at": datetime.now(UTC).isoformat(), "salt": secrets.token_hex(16)}
+        line = seal(salted, self._books.head, self._key)
         self._open_file.add(self._site, line)
         added.append(line)
         return line.seq

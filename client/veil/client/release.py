@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Constrain, then noise, then release: the three things a site can send, each from its units to an Update.
+"""Constrain, then noise, then release: the four things a site can send, each from its units to an Update.
 
 Promises that nothing but lattice points with the mechanism's noise comes out, whatever the records are, also none.
 """
@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from veil.client.gradient import clipped_head_sum, clipped_mean_sum
+from veil.client.gradient import clipped_head_sum, clipped_mean_sum, clipped_sum
 from veil.client.optimizer import LatticeOptimizer
 from veil.client.units import HeadBatch, Units
+from veil.common.evaluation import EVALUATION, outcome_rows
 from veil.common.exchange import RoundRequest
-from veil.common.head import CENTRE, WEIGHT
+from veil.common.head import CENTRE, WEIGHT, predict
 from veil.common.noise import NoiseSource, clip_bound, privatize, spacing
 from veil.common.privacy import Mechanism
 from veil.common.schedule import COUNT_WEIGHT, DEFAULT_LOCAL_RATE, DELTA_SPACING, Release, ReleaseKind
-from veil.common.update import Update
+from veil.common.update import Adapter, Update
 
 
 def draw(request: RoundRequest, release: Release, units: Units, noise: NoiseSource) -> Update:
@@ -29,9 +30,16 @@ def draw(request: RoundRequest, release: Release, units: Units, noise: NoiseSour
         release: the site's own schedule entry, already in the ledger.
         units: the site's records.
         noise: where randomness comes from.
+
+    Raises:
+        ValueError: for an evaluation without held-out units, as of a plan that has none.
     """
     if release.kind is ReleaseKind.CENTRE:
         return centre_update(units, release.mechanism, noise)
+    if release.kind is ReleaseKind.EVALUATION:
+        if units.held is None:
+            raise ValueError("an evaluation of units none of which were held out; expected a plan with [evaluation]")
+        return evaluation_update(units.held, request.adapter, release.mechanism, noise)
     batch = units.batch(request.adapter.tensors[CENTRE])
     weight = request.adapter.tensors[WEIGHT].astype(np.float64)
     if release.kind is ReleaseKind.GRADIENT:
@@ -58,6 +66,20 @@ def centre_update(units: Units, mechanism: Mechanism, noise: NoiseSource) -> Upd
         noise=noise,
     )
     return Update(points={CENTRE: points}, spacing=spacing(mechanism.max_grad_norm))
+
+
+def evaluation_update(held: Units, adapter: Adapter, mechanism: Mechanism, noise: NoiseSource) -> Update:
+    """The noised sum over held-out units of what the model gets right, gets wrong and loses on each,
+    [2 classes + 3]: see `outcome_rows`."""
+    rows = outcome_rows(predict(adapter, held.features), held.labels)
+    total = clipped_sum(held.means(rows), clip_bound(mechanism.max_grad_norm, rows.shape[1]))
+    points = privatize(
+        total,
+        noise_multiplier=mechanism.noise_multiplier,
+        max_grad_norm=mechanism.max_grad_norm,
+        noise=noise,
+    )
+    return Update(points={EVALUATION: points}, spacing=spacing(mechanism.max_grad_norm))
 
 
 def gradient_update(weight: NDArray[np.float64], batch: HeadBatch, mechanism: Mechanism, noise: NoiseSource) -> Update:

@@ -49,6 +49,7 @@ def serve_site(path: Path, file: SiteFile, stop: threading.Event, *, executor: s
         connect=lambda: Connection(file.coordinator.address, ca, key, file.agent.node),
         workbench=workbench,
         status_file=file.agent.status,
+        counts=file.limits.release_counts,
     )
     checks = {
         "veil.site.connection": agent.connected,

@@ -11,8 +11,10 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Protocol
 
+from veil.client.attest import make_statement
 from veil.client.ledger import Ledger
 from veil.client.policy import SitePolicy
 from veil.client.release import draw
@@ -20,10 +22,11 @@ from veil.client.review import affordable, release_of, remaining, review_history
 from veil.client.units import Units
 from veil.common.delivery import Chunk, Manifest, Progress, Standing
 from veil.common.errors import RefusalCode, RefusalError, VeilError
-from veil.common.exchange import Offer, OfferReply, RoundReply, RoundRequest, Willingness
+from veil.common.exchange import Offer, OfferReply, RoundReply, RoundRequest, StatementReply, Willingness
 from veil.common.noise import NoiseSource, OSNoise
 from veil.common.plan import Backbone, RunPlan
 from veil.common.schedule import schedule
+from veil.common.statement import SignedStatement
 from veil.common.update import Update
 
 _log = logging.getLogger(__name__)
@@ -72,6 +75,8 @@ class Site:
         noise: where a round's randomness comes from; outside simulations always `OSNoise`.
         consent: the operator's word on a job with a plan.
         backbones: the pretrained weights on this machine.
+        audit: where the last empirical audit's record is.
+        simulated: whether it is a site of a simulation, which its statements say.
     """
 
     policy: SitePolicy
@@ -80,6 +85,8 @@ class Site:
     noise: Callable[[RoundRequest], NoiseSource]
     consent: Callable[[str, RunPlan], Consent]
     backbones: Backbones
+    audit: Path | None = None
+    simulated: bool = False
 
     def consider(self, offer: Offer) -> OfferReply:
         """Whether this site would take part. Never raises, spends nothing, reads no record."""
@@ -150,6 +157,23 @@ class Site:
             )
         return self.backbones.begin(manifest, offer.plan.backbone)
 
+    def attest(self, offer: Offer) -> StatementReply:
+        """The signed statement of a run that this site took part in. Never raises, spends nothing, reads no record."""
+        try:
+            return StatementReply(job=offer.job, signed=self._statement(offer))
+        except RefusalError as refusal:
+            _log.warning("%s makes no statement of %s: %s", self.policy.name, offer.job, refusal)
+            return StatementReply(job=offer.job, refusal=refusal.code)
+        except Exception:
+            _log.exception("%s cannot make a statement of %s", self.policy.name, offer.job)
+            return StatementReply(job=offer.job, refusal=RefusalCode.INTERNAL)
+
+    def _statement(self, offer: Offer) -> SignedStatement:
+        statement = make_statement(
+            self.policy, self.ledger.extract(offer.job), offer, audit=self.audit, simulation=self.simulated
+        )
+        return SignedStatement.sign(statement, self.ledger.key)
+
     def answer(self, request: RoundRequest) -> RoundReply:
         """One round: an update, or the code of a refusal. Never raises."""
         try:
@@ -201,5 +225,5 @@ class Site:
             update=update,
             refusal=refusal,
             head="" if update is None else self.ledger.head(),
-            units=self.units(request.plan).count if told else None,
+            units=self.units(request.plan).total if told else None,
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +27,14 @@ class Units:
         labels: class of each record, [n].
         unit: index of each record's unit, 0 to `count` - 1, [n].
         count: number of units.
+        held: further units, which never train; None where the plan asks for no evaluation.
     """
 
     features: NDArray[np.floating]
     labels: NDArray[np.int64]
     unit: NDArray[np.int64]
     count: int
+    held: Units | None = None
     _batch: dict[bytes, HeadBatch] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def batch(self, centre: NDArray[np.floating]) -> HeadBatch:
@@ -48,10 +50,19 @@ class Units:
         """Records of each unit, [count]."""
         return np.bincount(self.unit, minlength=self.count).astype(np.int64)
 
+    @property
+    def total(self) -> int:
+        """Number of units, those held out among them."""
+        return self.count + (self.held.count if self.held else 0)
+
     def mean_rows(self) -> NDArray[np.float64]:
         """Mean unit-length feature of each unit, [count, d], each of length at most 1."""
-        sums = np.zeros((self.count, self.features.shape[1]))
-        np.add.at(sums, self.unit, unit_rows(self.features))
+        return self.means(unit_rows(self.features))
+
+    def means(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Mean of each unit's records' rows: [n, m] to [count, m]."""
+        sums = np.zeros((self.count, rows.shape[1]))
+        np.add.at(sums, self.unit, rows)
         return sums / np.maximum(self.sizes, 1)[:, None]
 
 
@@ -62,6 +73,7 @@ def bounded_units(
     *,
     max_records: int,
     key: bytes,
+    held: NDArray[np.bool_] | None = None,
 ) -> Units:
     """Group records by unit and keep at most `max_records` of each.
 
@@ -71,7 +83,14 @@ def bounded_units(
         names: unit of each record, [n].
         max_records: the bound; further records of a unit do not take part.
         key: the site's secret key of the hash.
+        held: which records never train, all of a unit or none, [n]; None where the plan asks for no evaluation.
     """
+    if held is not None:
+        training, kept_out = (
+            bounded_units(features[part], labels[part], names[part], max_records=max_records, key=key)
+            for part in (~held, held)
+        )
+        return replace(training, held=kept_out)
     distinct, unit = np.unique(names, return_inverse=True)
     kept: list[int] = []
     for index, rows_of in enumerate(_rows_by_unit(unit, len(distinct))):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from veil.client.ledger import Entry, total
 from veil.client.policy import Limits
 from veil.client.site_file import Data, SiteFile
+from veil.common.evaluation import EVALUATION, released_size
 from veil.common.head import CENTRE, WEIGHT
 from veil.common.plan import RunPlan
 from veil.common.privacy import PrivacyUnit
@@ -87,6 +88,7 @@ def describe_plan(
         f"Trained: a new output layer on {_backbone(plan, site.limits)}.",
         *_columns(plan, site.data),
         *_releases(plan, site, width),
+        *_held_out(plan),
         f"Rounds: {plan.training.rounds}{' and a centring round' if plan.training.centre else ''}, each with at least "
         f"{plan.cohort.min_sites} {'sites' if plan.cohort.min_sites > 1 else 'site'}.",
         _protected(plan),
@@ -138,25 +140,46 @@ def _releases(plan: RunPlan, site: SiteFile, width: int | None) -> list[str]:
     for kind, what in _RELEASED.items():
         times = sum(one.kind is kind for one in releases)
         if times:
-            rows = 1 if kind is ReleaseKind.CENTRE else len(plan.task.labels)
-            size = f"{rows} × (features + 1)" if width is None else f"{rows * (width + 1):,}"
-            numbers += times * rows * ((width or 0) + 1)
+            size, exact = _size(kind, len(plan.task.labels), width)
+            numbers += times * exact
             parts.append(f"{times} × {what} of {size} numbers")
     sums = "" if width is None else f", {numbers:,} numbers in all"
+    withheld = "No record, count, loss or error text"
+    if plan.evaluation is not None:
+        withheld = "No record, exact count, exact loss or error text"
     counts = "your number of units (release_counts = true), " if site.limits.release_counts else ""
     return [
         f"Leaves this site: {len(releases)} releases: {'; '.join(parts)}{sums}. Each is clipped, noised and "
         "rounded here before it leaves.",
         f"Beside them: {counts}this site's name, a hash of the ledger's last line, or the short code of a refusal. "
-        "No record, count, loss or error text.",
+        f"{withheld}.",
     ]
+
+
+def _size(kind: ReleaseKind, classes: int, width: int | None) -> tuple[str, int]:
+    """How many numbers a release holds: in words, and, where the width is known, as a number."""
+    if kind is ReleaseKind.EVALUATION:
+        return str(released_size(classes)), released_size(classes)
+    rows = 1 if kind is ReleaseKind.CENTRE else classes
+    if width is None:
+        return f"{rows} × (features + 1)", 0
+    return f"{rows * (width + 1):,}", rows * (width + 1)
 
 
 _RELEASED: Mapping[ReleaseKind, str] = {
     ReleaseKind.CENTRE: f"the mean of the features with a count ({CENTRE})",
     ReleaseKind.GRADIENT: f"a sum of gradients ({WEIGHT})",
     ReleaseKind.DELTA: f"a change of weights ({WEIGHT})",
+    ReleaseKind.EVALUATION: f"how often the model is right, by class, and its loss ({EVALUATION})",
 }
+
+
+def _held_out(plan: RunPlan) -> list[str]:
+    if plan.evaluation is None:
+        return []
+    return [
+        f"Held out at this site: {plan.evaluation.holdout:.0%} of the units never train; the model is judged on them."
+    ]
 
 
 def _protected(plan: RunPlan) -> str:

@@ -2,7 +2,7 @@
 """What coordinator and site say to each other, as values, free of any transport.
 
 Promises that a reply holds noised lattice points or a short refusal code, that an answer to an offer holds one word,
-and that neither tells anything else about the records.
+that a statement follows from plan, ledger and limits, and that none of them tells anything else about the records.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from enum import StrEnum
 from veil.common.errors import RefusalCode
 from veil.common.plan import RunPlan
 from veil.common.schedule import ReleaseKind
+from veil.common.statement import SignedStatement
 from veil.common.update import Adapter, Update
 
 
@@ -106,3 +107,22 @@ class OfferReply:
     def __post_init__(self) -> None:
         if (self.willingness is Willingness.REFUSED) != (self.refusal is not None):
             raise ValueError("a refusal code with and only with a refusal; expected both or neither")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StatementReply:
+    """What a site says when it is asked for its statement of a run; it follows from plan, ledger and limits.
+
+    Attributes:
+        job: the run.
+        signed: the statement.
+        refusal: why there is none.
+    """
+
+    job: str
+    signed: SignedStatement | None = None
+    refusal: RefusalCode | None = None
+
+    def __post_init__(self) -> None:
+        if (self.signed is None) == (self.refusal is None):
+            raise ValueError("a reply holds a statement or a refusal; expected exactly one of them")

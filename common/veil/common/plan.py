@@ -162,6 +162,15 @@ class Cohort(Section):
         return self
 
 
+class Evaluation(Section):
+    """How good the tuned model is, as one more release at the end of the run; without the section, nobody is told."""
+
+    holdout: float = Field(
+        default=0.2, gt=0, le=0.5, description="part of each site's units that never train; the site draws them"
+    )
+    share: float = Field(default=0.05, gt=0, le=0.5, description="part of the run's μ² that the evaluation may use")
+
+
 class Columns(Section):
     """Which columns of a table hold what: shared by a simulation and a site's own file."""
 
@@ -243,6 +252,7 @@ class RunPlan(Section):
     training: Training = Training()
     privacy: Privacy
     cohort: Cohort = Cohort()
+    evaluation: Evaluation | None = None
     simulation: Simulation | None = None
 
     @model_validator(mode="before")

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A plan's releases: which mechanism runs in which round, calibrated to the budget of the whole run.
 
-Promises that coordinator and site, each computing it from the plan alone, agree; a site follows its own.
+Promises that coordinator and site, each computing it from the plan alone, agree; a site follows its own. An evaluation
+is charged like any release, though units that never train pay for it alone and the others for training alone: the
+ledger, which knows no single unit, over-counts.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ from enum import StrEnum
 from functools import lru_cache
 
 from veil.common.errors import PlanError
+from veil.common.evaluation import EVALUATION_NORM
 from veil.common.noise import spacing
 from veil.common.plan import RunPlan
-from veil.common.privacy import Mechanism, PrivacyBudget, calibrate, gaussian_sigma
+from veil.common.privacy import Mechanism, calibrate, gaussian_sigma
 
 CENTRE_SHARE = 0.12
 """Part of the run's μ² that the centring round may use."""
@@ -39,6 +42,7 @@ class ReleaseKind(StrEnum):
     CENTRE = "centre"
     GRADIENT = "gradient"
     DELTA = "delta"
+    EVALUATION = "evaluation"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +50,7 @@ class Release:
     """One round of one site.
 
     Attributes:
-        round: 0 for the centring round, then 1, 2, …
+        round: 0 for the centring round, then 1, 2, …; an evaluation comes last.
         kind: what is released.
         mechanism: how it is protected.
     """
@@ -85,11 +89,8 @@ def _schedule(plan_json: str) -> tuple[Release, ...]:
 
 def _releases(plan: RunPlan) -> tuple[Release, ...]:
     budget = plan.privacy.budget
-    releases = []
-    if plan.training.centre:
-        centre = _centre(budget, plan)
-        releases.append(Release(round=0, kind=ReleaseKind.CENTRE, mechanism=centre))
-    decided = [release.mechanism for release in releases]
+    first, last = _centring(plan), _evaluations(plan)
+    decided = [release.mechanism for release in (*first, *last)]
     fedavg = plan.training.algorithm == "dp-fedavg"
     rate = plan.training.sample_rate if fedavg else 1.0
     per_round = local_steps(plan) if fedavg else 1
@@ -110,12 +111,26 @@ def _releases(plan: RunPlan) -> tuple[Release, ...]:
     )
     kind = ReleaseKind.DELTA if fedavg else ReleaseKind.GRADIENT
     rounds = range(1, plan.training.rounds + 1)
-    return (*releases, *(Release(round=r, kind=kind, mechanism=each) for r in rounds))
+    return (*first, *(Release(round=r, kind=kind, mechanism=each) for r in rounds), *last)
 
 
-def _centre(budget: PrivacyBudget, plan: RunPlan) -> Mechanism:
-    sigma = gaussian_sigma(budget) / math.sqrt(CENTRE_SHARE)
-    return Mechanism(noise_multiplier=sigma, max_grad_norm=CENTRE_NORM, unit=plan.privacy.unit)
+def _centring(plan: RunPlan) -> tuple[Release, ...]:
+    if not plan.training.centre:
+        return ()
+    return (Release(round=0, kind=ReleaseKind.CENTRE, mechanism=_single(plan, CENTRE_SHARE, CENTRE_NORM)),)
+
+
+def _evaluations(plan: RunPlan) -> tuple[Release, ...]:
+    if plan.evaluation is None:
+        return ()
+    mechanism = _single(plan, plan.evaluation.share, EVALUATION_NORM)
+    return (Release(round=plan.training.rounds + 1, kind=ReleaseKind.EVALUATION, mechanism=mechanism),)
+
+
+def _single(plan: RunPlan, share: float, norm: float) -> Mechanism:
+    """One full-batch release for a part of the run's μ²."""
+    sigma = gaussian_sigma(plan.privacy.budget) / math.sqrt(share)
+    return Mechanism(noise_multiplier=sigma, max_grad_norm=norm, unit=plan.privacy.unit)
 
 
 def local_steps(plan: RunPlan) -> int:

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from veil.common.delivery import Chunk, FileEntry, Manifest, Position, Progress, Standing
 from veil.common.errors import PlanError, RefusalCode
-from veil.common.exchange import Offer, OfferReply, RoundReply, RoundRequest, Willingness
+from veil.common.exchange import Offer, OfferReply, RoundReply, RoundRequest, StatementReply, Willingness
 from veil.common.plan import RunPlan
 from veil.common.schedule import ReleaseKind
+from veil.common.statement import SignedStatement
 from veil.common.update import Adapter, Update
 
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
@@ -29,6 +30,10 @@ OFFER = "offer"
 
 MANIFEST, CHUNK = "manifest", "chunk"
 """The actions of query messages that carry the list of a backbone's files, and a piece of one."""
+
+
+STATEMENT = "statement"
+"""The action of a query message that asks a site to state, signed, what it did in a run; its content is the offer's."""
 
 
 class WireError(ValueError):
@@ -317,4 +322,43 @@ def _list(value: object) -> list[Any]:
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise WireError(f"{type(value).__name__}; expected text")
+    return value
+
+
+def encode_statement_reply(reply: StatementReply) -> RecordDict:
+    """The content of the answer to a request for a statement."""
+    config: dict[str, Any] = {"job": reply.job}
+    if reply.signed is not None:
+        config["statement"] = reply.signed.text
+        config["signature"] = reply.signed.signature
+        config["public-key"] = reply.signed.public_pem
+    if reply.refusal is not None:
+        config["refusal"] = reply.refusal.value
+    return RecordDict({CONFIG: ConfigRecord(config)})
+
+
+def decode_statement_reply(content: RecordDict) -> StatementReply:
+    """The inverse of `encode_statement_reply`.
+
+    Raises:
+        WireError: when a part is missing or of the wrong type.
+    """
+    config = _config(content)
+    try:
+        job = _text(config["job"])
+        if "refusal" in config:
+            return StatementReply(job=job, refusal=RefusalCode(_text(config["refusal"])))
+        signed = SignedStatement(
+            text=_text(config["statement"]),
+            signature=_octets(config["signature"]),
+            public_pem=_octets(config["public-key"]),
+        )
+        return StatementReply(job=job, signed=signed)
+    except (KeyError, ValueError) as error:
+        raise WireError(f"statement: {type(error).__name__}: {error}") from None
+
+
+def _octets(value: object) -> bytes:
+    if not isinstance(value, bytes):
+        raise WireError(f"{type(value).__name__}; expected bytes")
     return value

@@ -6,7 +6,7 @@ Promises that the same app runs in process, on Ray and on a SuperLink; the grid 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from flwr.app import Context
@@ -16,6 +16,7 @@ from veil.common.plan import RunPlan
 from veil.common.update import Adapter
 from veil.common.wire import encode_adapter
 from veil.server.state import RoundRecord, RunState
+from veil.server.statements import Evidence, ask_for_statements
 from veil.server.strategy import SumOfUpdates
 
 
@@ -24,14 +25,20 @@ class Outcome:
     """What a run leaves behind.
 
     Attributes:
+        job: the run's name.
         adapter: the tuned part.
         records: its rounds.
-        estimated_units: public or released number of all units.
+        estimated_units: public or released number of all units that train.
+        evaluation: see `RunState`.
+        evidence: what the sites stated, signed, at the end.
     """
 
+    job: str
     adapter: Adapter
     records: tuple[RoundRecord, ...]
     estimated_units: float
+    evaluation: dict[str, tuple[int, ...]]
+    evidence: Evidence
 
 
 def server_app(
@@ -42,6 +49,7 @@ def server_app(
     watch: Callable[[RunState], None],
     deliver: Callable[[Outcome], None],
     site_of: Callable[[int], str] | None = None,
+    keys: Mapping[str, bytes] | None = None,
 ) -> ServerApp:
     """The one ServerApp of simulation and deployment.
 
@@ -52,6 +60,7 @@ def server_app(
         watch: called after each round.
         deliver: called once, at the end.
         site_of: the enrolled site behind a Flower node; see `SumOfUpdates`.
+        keys: public keys of enrolled sites; see `ask_for_statements`.
     """
     app = ServerApp()
 
@@ -66,9 +75,12 @@ def server_app(
         )
         deliver(
             Outcome(
+                job=job,
                 adapter=state.descent.adapter,
                 records=tuple(state.records),
                 estimated_units=state.descent.units,
+                evaluation=state.evaluation,
+                evidence=ask_for_statements(grid, plan, job, site_of=site_of, keys=keys),
             )
         )
 

@@ -46,9 +46,9 @@ def init(
 ) -> None:
     """Make a coordinator's folder: settings, certificate authority, the link's certificate."""
     from veil.common.errors import InputError
-    from veil.server.certificate import check_brought
     from veil.server.home import Home, Settings
     from veil.server.pki import issue_certificate, make_authority
+    from veil.server.tls_certificate import check_brought
 
     settings = Settings(
         hosts=tuple(host), listen=listen, port=port, page_address=page_address, health_address=health_address
@@ -143,9 +143,9 @@ def revoke(site: Annotated[str, typer.Argument(help="The site's name.")], home: 
 @app.command()
 def certify(home: HomeOption = _HOME) -> None:
     """Issue the link's certificate anew; a running coordinator takes it up by itself."""
-    from veil.server.certificate import describe
     from veil.server.home import Home
     from veil.server.pki import issue_certificate
+    from veil.server.tls_certificate import describe
 
     opened = Home.open(home)
     chain, _ = issue_certificate(opened.folder / "pki", opened.settings.hosts)

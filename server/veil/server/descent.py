@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from veil.common.evaluation import EVALUATION, released_size
 from veil.common.head import CENTRE, WEIGHT
 from veil.common.plan import RunPlan
 from veil.common.privacy import gaussian_sigma
@@ -73,10 +74,12 @@ class Descent:
         """Name and shape of the one tensor that an update of this release holds."""
         if release.kind is ReleaseKind.CENTRE:
             return CENTRE, (self.centre.size + 1,)
+        if release.kind is ReleaseKind.EVALUATION:
+            return EVALUATION, (released_size(len(self.weight)),)
         return WEIGHT, (self.weight.shape[0], self.weight.shape[1])
 
     def apply(self, release: Release, updates: list[Update]) -> None:
-        """Take one round's updates in; their order does not matter."""
+        """Take one training round's updates in; their order does not matter."""
         sums = aggregate(updates, self.plan.cohort)
         if release.kind is ReleaseKind.CENTRE:
             self._set_centre(release, sums[CENTRE], len(updates))

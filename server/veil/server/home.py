@@ -6,16 +6,20 @@ Promises that whoever may open this folder is the coordinator, and that nobody e
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator, Field, ValidationError
 
+from veil.common.durable import sync_folder
 from veil.common.errors import InputError
+from veil.common.keys import NodeKey
 from veil.common.plan import Section, plan_error, read_toml
-from veil.server.certificate import general_name
+from veil.server.tls_certificate import general_name
 
 SETTINGS_NAME = "coordinator.toml"
 
@@ -145,9 +149,35 @@ class Home:
         """Locked by the coordinator that runs on this folder; holds its process id."""
         return self.folder / "coordinator.pid"
 
+    @property
+    def key_file(self) -> Path:
+        """What the coordinator signs certificates with; not what the link proves itself with."""
+        return self.folder / "coordinator.key"
+
+    def signing_key(self) -> NodeKey:
+        """The coordinator's key, made at first use and never over another one.
+
+        Raises:
+            InputError: when the file is not one, or others may read it.
+        """
+        if not self.key_file.exists():
+            _make_key(self.key_file)
+        return NodeKey.load(self.key_file)
+
     def path(self, relative: str) -> Path:
         """A path of the settings, relative to the folder."""
         return self.folder / relative
+
+
+def _make_key(path: Path) -> None:
+    """A new key, whole or not at all; that of whoever was first stays."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.unlink(missing_ok=True)
+    NodeKey.generate().save(partial)
+    with contextlib.suppress(FileExistsError):
+        path.hardlink_to(partial)
+    partial.unlink()
+    sync_folder(path.parent)
 
 
 def _settings_text(settings: Settings) -> str:

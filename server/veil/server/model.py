@@ -22,7 +22,10 @@ from veil.common.plan import Backbone, RunPlan
 from veil.common.update import Adapter
 from veil.common.weights import fingerprint
 
-_HEAD, _FACTS = "head/head.safetensors", "veil.json"
+HEAD_FILE = "head/head.safetensors"
+"""The tuned part, in a model's folder."""
+
+_FACTS = "veil.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,8 +57,8 @@ class TunedModel:
         if self.backbone is not None:
             self.backbone.save(folder)
             self._name_labels(folder / "config.json")
-        (folder / _HEAD).parent.mkdir()
-        (folder / _HEAD).write_bytes(self.adapter.to_bytes())
+        (folder / HEAD_FILE).parent.mkdir()
+        (folder / HEAD_FILE).write_bytes(self.adapter.to_bytes())
         facts = {
             "plan": json.loads(self.plan.public().to_json()),
             "plan_sha256": self.plan.sha256,
@@ -84,11 +87,11 @@ class TunedModel:
         try:
             facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
             plan = RunPlan.from_json(json.dumps(facts["plan"]))
-            adapter = Adapter.from_bytes((folder / _HEAD).read_bytes())
+            adapter = Adapter.from_bytes((folder / HEAD_FILE).read_bytes())
         except (OSError, ValueError, KeyError, PlanError) as error:
             raise InputError(
                 f"{folder} ({type(error).__name__})",
-                f"a model folder with {_FACTS} and {_HEAD}",
+                f"a model folder with {_FACTS} and {HEAD_FILE}",
                 "give the folder `model` of a finished run",
             ) from None
         backbone = None

@@ -12,11 +12,11 @@ from typing import Any
 
 from flwr.supercore.constant import NodeStatus
 
-from veil.server.certificate import describe
 from veil.server.home import Home
 from veil.server.jobs import Job
 from veil.server.link import open_link_state
 from veil.server.roster import Roster
+from veil.server.tls_certificate import describe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,7 +21,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from veil.common.durable import PUBLIC, sync_folder, write_new
 from veil.common.errors import InputError
-from veil.server.certificate import first_certificate, fits, general_name, read_file, read_key
+from veil.server.tls_certificate import first_certificate, fits, general_name, read_file, read_key
 
 AUTHORITY_DAYS: Final = 3650
 """How long an authority lasts."""

@@ -17,11 +17,13 @@ from veil.common.errors import PlanError
 from veil.common.head import initial_adapter
 from veil.common.plan import RunPlan
 from veil.server.delivery import BackboneShelf
+from veil.server.documents import write_documents
 from veil.server.home import Home
 from veil.server.jobs import Job
 from veil.server.model import TunedModel
 from veil.server.run_report import build_run_report
 from veil.server.state import RunState
+from veil.server.statements import Evidence
 
 
 def initial_state(plan: RunPlan, shelf: Path, sites: int) -> RunState:
@@ -45,8 +47,14 @@ def initial_state(plan: RunPlan, shelf: Path, sites: int) -> RunState:
     return RunState.start(plan, initial_adapter(plan, width), sites)
 
 
-def write_result(plan: RunPlan, home: Home, job: Job, state: RunState, seconds: dict[str, float]) -> None:
-    """Write the folder `result` of a run: `model` and `report.json`."""
+def write_result(
+    plan: RunPlan, home: Home, job: Job, state: RunState, seconds: dict[str, float], evidence: Evidence
+) -> None:
+    """Write the folder `result` of a run: `model`, `report.json`, and the documents beside it.
+
+    Raises:
+        InputError: when the coordinator's signing key cannot be used.
+    """
     partial, result = job.folder / ".result.partial", job.folder / "result"
     for leftover in (partial, result):
         if leftover.exists():
@@ -56,6 +64,16 @@ def write_result(plan: RunPlan, home: Home, job: Job, state: RunState, seconds: 
     tuned.save(partial / "model")
     report = build_run_report(plan, job.name, state, seconds)
     (partial / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_documents(
+        partial,
+        plan,
+        job.name,
+        records=state.records,
+        evidence=evidence,
+        report=report,
+        key=home.signing_key(),
+        simulation=False,
+    )
     for path in sorted(partial.rglob("*")):
         sync_file(path)
     partial.rename(result)

@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """report.json of a deployed run: what the coordinator knows, which is what the sites released.
 
-Promises the keys of a simulation's report; what only a site knows (its records, its scores, its units unless it
-declares them public) is null.
+Promises the keys of a simulation's report; what only a site knows (its records, its exact scores, its units unless it
+declares them public) is null, and what the sites released of their scores stands with its error.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
+
+from veil.common.evaluation import CONFIDENCE, loss_cap, quality
 from veil.common.plan import RunPlan
 from veil.common.privacy import NeighboringRelation, spent
-from veil.common.schedule import schedule
-from veil.server.state import RunState
+from veil.common.schedule import ReleaseKind, schedule
+from veil.server.state import RoundRecord, RunState
 
 
 def build_run_report(plan: RunPlan, job: str, state: RunState, seconds: dict[str, float]) -> dict[str, Any]:
@@ -28,7 +33,7 @@ def build_run_report(plan: RunPlan, job: str, state: RunState, seconds: dict[str
         seconds: time by phase.
     """
     names = sorted(set(state.cohort) | set(state.declined))
-    last = state.records[-1]
+    last = last_training(state.records)
     return {
         "name": plan.name,
         "job": job,
@@ -47,6 +52,7 @@ def build_run_report(plan: RunPlan, job: str, state: RunState, seconds: dict[str
         "sites": [_site(plan, state, name) for name in names],
         "metrics": {},
         "per_site": [],
+        "evaluation": evaluation_report(plan, state.evaluation),
         "rounds": [
             {
                 "round": record.round,
@@ -64,6 +70,40 @@ def build_run_report(plan: RunPlan, job: str, state: RunState, seconds: dict[str
             "down": last.bytes_down,
             "up": last.bytes_up,
         },
+    }
+
+
+def last_training(records: Sequence[RoundRecord]) -> RoundRecord:
+    """The last round that moved the model: what a round sends is told by it."""
+    return [record for record in records if record.kind is not ReleaseKind.EVALUATION][-1]
+
+
+def evaluation_report(plan: RunPlan, replies: Mapping[str, Sequence[int]]) -> dict[str, Any] | None:
+    """The model on held-out units, of all sites together and of each, every figure with its error; None without any.
+
+    Sites' sums are added as they are: `cohort.aggregation` is about updates of the model.
+
+    Args:
+        plan: what was run.
+        replies: site to the lattice points that it released.
+    """
+    releases = [one for one in schedule(plan) if one.kind is ReleaseKind.EVALUATION]
+    if plan.evaluation is None or not releases or not replies:
+        return None
+    mechanism, labels = releases[0].mechanism, plan.task.labels
+    deviation = mechanism.noise_multiplier * mechanism.max_grad_norm
+    sums = {name: np.array(points, dtype=np.float64) * releases[0].spacing for name, points in replies.items()}
+    together = np.sum(list(sums.values()), axis=0)
+    return {
+        "on": "units that each site held out from training, from noised sums that the sites released",
+        "holdout": plan.evaluation.holdout,
+        "sites": len(sums),
+        "confidence": CONFIDENCE,
+        "loss_cap": loss_cap(len(labels)),
+        **quality(together, deviation * math.sqrt(len(sums)), labels).to_report(),
+        "per_site": [
+            {"name": name, **quality(numbers, deviation, labels).to_report()} for name, numbers in sorted(sums.items())
+        ],
     }
 
 

@@ -61,10 +61,13 @@ class Runner:
         job: the run's.
         grid: the line to the sites.
         nodes: enrolled site to its Flower node.
+        keys: enrolled site to its public key, PEM.
     """
 
-    def __init__(self, home: Home, job: Job, grid: LinkGrid, nodes: dict[str, int]) -> None:
-        self._home, self._job, self._grid, self._nodes = home, job, grid, nodes
+    def __init__(
+        self, home: Home, job: Job, grid: LinkGrid, nodes: dict[str, int], keys: Mapping[str, bytes] | None = None
+    ) -> None:
+        self._home, self._job, self._grid, self._nodes, self._keys = home, job, grid, nodes, keys
         self._names = {node: name for name, node in nodes.items()}
         self._seconds: dict[str, float] = {}
         self.plan = job.plan
@@ -171,6 +174,7 @@ class Runner:
             watch=self._watch,
             deliver=outcomes.append,
             site_of=lambda node: self._names.get(node, f"node {node}"),
+            keys=self._keys,
         )
         began = time.monotonic()
         app(
@@ -178,7 +182,9 @@ class Runner:
             Context(run_id=self._grid.run.run_id, node_id=1, node_config={}, state=RecordDict(), run_config={}),
         )
         self._seconds["federation_s"] = round(time.monotonic() - began, 3)
-        write_result(self.plan, self._home, self._job, state, self._seconds)
+        evidence = outcomes[0].evidence
+        evidence.missing.update({name: "no longer enrolled" for name in state.cohort if name not in self._nodes})
+        write_result(self.plan, self._home, self._job, state, self._seconds, evidence)
 
     def _watch(self, state: RunState) -> None:
         state.save(self._job.checkpoint)
@@ -221,8 +227,9 @@ def run_job(home: Home, job: Job) -> None:
     """Run one job to its end and note how it ended."""
     state = open_link_state(home.database).state()
     with closing(Roster(home.roster, state)) as roster:
-        welcome = {site.name: site.node_id for site in roster.sites() if site.revoked_at is None and site.node_id}
-    nodes = {name: welcome[name] for name in job.sites if name in welcome}
+        sites = [site for site in roster.sites() if site.revoked_at is None and site.name in job.sites]
+    nodes = {site.name: site.node_id for site in sites if site.node_id}
+    keys = {site.name: site.public_pem for site in sites}
 
     def stopped() -> bool:
         job.beat()
@@ -231,7 +238,7 @@ def run_job(home: Home, job: Job) -> None:
     grid = LinkGrid(state, stopped=stopped)
     try:
         with job.exclusive(), grid.running():
-            Runner(home, job, grid, nodes).run()
+            Runner(home, job, grid, nodes, keys).run()
     except VeilError as error:
         _log.error("run %s: %s", job.name, error)
         job.note(phase=Phase.STOPPED if job.stop_wanted else Phase.FAILED, message=str(error))

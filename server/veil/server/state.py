@@ -59,6 +59,7 @@ class RunState:
         records: the rounds so far.
         heads: site to the hash of the last ledger line seen of it.
         units: site to an upper bound on its number of units, from its own noisy count.
+        evaluation: site to what it released of the tuned model on its held-out units, lattice points.
         declared: site to its exact number of units, of sites whose policy declares it public.
         cohort: names of the sites that take part; a simulation, where all do, leaves it empty.
         declined: sites that do not, and why.
@@ -68,6 +69,7 @@ class RunState:
     records: list[RoundRecord] = field(default_factory=list)
     heads: dict[str, str] = field(default_factory=dict)
     units: dict[str, float] = field(default_factory=dict)
+    evaluation: dict[str, tuple[int, ...]] = field(default_factory=dict)
     declared: dict[str, int] = field(default_factory=dict)
     cohort: tuple[str, ...] = ()
     declined: dict[str, str] = field(default_factory=dict)
@@ -86,6 +88,7 @@ class RunState:
             "records": [asdict(record) for record in self.records],
             "heads": self.heads,
             "units": {site: units.hex() for site, units in self.units.items()},
+            "evaluation": self.evaluation,
             "declared": self.declared,
             "cohort": self.cohort,
             "declined": self.declined,
@@ -141,6 +144,7 @@ class RunState:
             records=[_record(one) for one in header["records"]],
             heads=dict(header["heads"]),
             units={site: float.fromhex(number) for site, number in header["units"].items()},
+            evaluation={site: tuple(map(int, points)) for site, points in header["evaluation"].items()},
             declared=dict(header["declared"]),
             cohort=tuple(header["cohort"]),
             declined=dict(header["declined"]),

@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import FedAvg
 from veil.common.errors import RefusalCode, RunError
 from veil.common.exchange import RoundRequest
 from veil.common.plan import RunPlan
-from veil.common.schedule import Release, schedule
+from veil.common.schedule import Release, ReleaseKind, schedule
 from veil.common.update import Update
 from veil.common.wire import (
     decode_reply,
@@ -89,7 +89,7 @@ class SumOfUpdates(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Check, sum, descend."""
+        """Check, sum, descend; an evaluation is kept as it is, and moves nothing."""
         release, state = self.releases[server_round - 1], self.state
         intake = _Intake()
         for message in replies:
@@ -99,7 +99,10 @@ class SumOfUpdates(FedAvg):
             self._take(message, release, intake)
         if len(intake.accepted) < self.plan.cohort.min_sites:
             raise _too_few(release, len(intake.accepted), self.plan.cohort.min_sites, intake.refusals)
-        state.descent.apply(release, [intake.accepted[name] for name in sorted(intake.accepted)])
+        if release.kind is ReleaseKind.EVALUATION:
+            state.evaluation = {name: _points(intake.accepted[name]) for name in sorted(intake.accepted)}
+        else:
+            state.descent.apply(release, [intake.accepted[name] for name in sorted(intake.accepted)])
         state.records.append(
             RoundRecord(
                 round=release.round,
@@ -156,6 +159,11 @@ class _Intake:
     accepted: dict[str, Update] = field(default_factory=dict)
     refusals: dict[str, str] = field(default_factory=dict)
     bytes_up: int = 0
+
+
+def _points(update: Update) -> tuple[int, ...]:
+    (points,) = update.points.values()
+    return tuple(points.tolist())
 
 
 def _too_few(release: Release, replies: int, needed: int, refusals: dict[str, str]) -> RunError:

@@ -67,9 +67,11 @@ def longest(release: Release, descent: Descent, size: int, units: float | None) 
         release: its kind and mechanism.
         descent: for the divisor of local steps.
         size: how many numbers it holds.
-        units: upper bound on the site's units; the plan's `cohort.max_units` where None.
+        units: upper bound on the site's units that train; the plan's `cohort.max_units` where None.
     """
-    mechanism, cohort = release.mechanism, descent.plan.cohort
+    mechanism, cohort, evaluation = release.mechanism, descent.plan.cohort, descent.plan.evaluation
+    if release.kind is ReleaseKind.EVALUATION and units is not None and evaluation is not None:
+        units = most_held_out(units, evaluation.holdout)
     most = min(float(cohort.max_units), math.inf if units is None else units)
     noise = mechanism.noise_multiplier * (math.sqrt(size) + _DEVIATIONS)
     total = mechanism.max_grad_norm * (most + noise)
@@ -77,3 +79,18 @@ def longest(release: Release, descent: Descent, size: int, units: float | None) 
         return total
     rate = descent.plan.training.learning_rate or DEFAULT_LOCAL_RATE
     return mechanism.steps * rate * total / (mechanism.sample_rate * descent.nominal_units)
+
+
+def most_held_out(training: float, holdout: float) -> float:
+    """The most units a site holds out of which so many train, each held out with the same chance: 1e-8 have more.
+
+    By Hoeffding (1963), of n units less than n·holdout + d√n are held out, with d² = ln(10⁸)/2.
+
+    Args:
+        training: how many train, at most.
+        holdout: chance of a unit to be held out.
+    """
+    deviation = math.sqrt(math.log(1e8) / 2)
+    root = deviation + math.sqrt(deviation**2 + 4 * (1 - holdout) * training)
+    units = (root / (2 * (1 - holdout))) ** 2
+    return holdout * units + deviation * math.sqrt(units)

@@ -58,7 +58,7 @@ class Pool:
 
     def lay_down(self, folder: Path, shares: tuple[Share, ...]) -> Workspace:
         """A workspace of some shares."""
-        return Workspace.create(folder, self.plan, self.features, self.examples.labels, self.examples.units, shares)
+        return Workspace.create(folder, self.plan, self.features, self.examples, shares)
 
     def score(self, adapter: Adapter, rows: NDArray[np.int64]) -> Scores:
         """Judge an adapter on some records."""

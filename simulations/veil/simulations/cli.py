@@ -23,6 +23,7 @@ import typer
 from veil.client.cli import app as site
 from veil.common.errors import InputError, VeilError
 from veil.server.cli import app as coordinator
+from veil.simulations.certificate_cli import app as certificate
 
 INTERRUPTED = 130
 
@@ -39,6 +40,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 
 app.add_typer(coordinator, name="coordinator")
 app.add_typer(site, name="site")
+app.add_typer(certificate, name="certificate")
 
 
 class EngineName(StrEnum):
@@ -170,6 +172,30 @@ def predict(
         return
     for row, answer in zip(rows, answers, strict=True):
         typer.echo(f"{row['label']}\t{answer.max():.4f}")
+
+
+@app.command()
+def audit(
+    plan: Annotated[Path | None, typer.Argument(help="Plan file; without one, a plan at ε = 8.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write the JSON document to.")] = None,
+    repeats: Annotated[
+        int, typer.Option(min=1, max=1000, help="Plays of the canary audit; more make the bounds tighter.")
+    ] = 8,
+    as_json: JsonOption = False,
+) -> None:
+    """Attack what a plan would release, on made-up records; exit code 4 when that contradicts the claimed ε."""
+    from veil.common.plan import parse_plan
+    from veil.simulations import audit_command
+    from veil.simulations.screen import Screen
+
+    chosen = parse_plan(plan) if plan is not None else audit_command.default_plan()
+    with Screen(quiet=as_json) as screen:
+        audited, membership = audit_command.run_attacks(chosen, repeats=repeats, stage=screen.stage)
+    document = json.dumps(audit_command.document(audited, membership), indent=2)
+    if output is not None:
+        audit_command.write(output, document)
+    typer.echo(document if as_json else "\n".join(audit_command.lines(audited, membership)))
+    audit_command.check(audited)
 
 
 @app.command()

@@ -109,6 +109,7 @@ def enrol(deployment: Deployment, pool: Pool, simulation: Simulation, base: Path
     if simulation.image is not None:
         frame[simulation.image] = [str((source.parent / one).resolve()) for one in frame[simulation.image]]
     columns = simulation.model_dump(include=set(Columns.model_fields), exclude_none=True)
+    columns["labels"] = simulation.labels or {label: label for label in pool.plan.task.labels}
     limits = {
         "epsilon_per_run": privacy.target_epsilon,
         "epsilon_lifetime": privacy.target_epsilon * runs,

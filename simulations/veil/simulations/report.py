@@ -16,6 +16,7 @@ from typing import Any
 
 from veil.common.plan import RunPlan
 from veil.common.privacy import NeighboringRelation, PrivacySpent
+from veil.server.run_report import evaluation_report, last_training
 from veil.server.state import RoundRecord
 from veil.simulations.evaluation import Scores
 
@@ -26,9 +27,9 @@ class SiteResult:
 
     Attributes:
         name: of the site.
-        records: training records.
-        test_records: held-out records.
-        units: training units (records or patients).
+        records: that the run has; an evaluation holds some of them out of training.
+        test_records: that it does not have, for the exact scores below.
+        units: of `records` (records or patients).
         spent: what the run cost one unit, from the site's ledger.
         rounds: releases in the ledger.
         refusals: reasons by round.
@@ -76,6 +77,7 @@ class SimulationResult:
     timing: dict[str, float]
     engine: str
     estimated_units: float
+    evaluation: dict[str, tuple[int, ...]]
 
     @property
     def private(self) -> bool:
@@ -86,7 +88,7 @@ class SimulationResult:
 def build_report(result: SimulationResult) -> dict[str, Any]:
     """The document; infinite ε is null, as JSON has no infinity."""
     plan = result.plan
-    last = result.records[-1]
+    last = last_training(result.records)
     return {
         "name": plan.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -110,6 +112,7 @@ def build_report(result: SimulationResult) -> dict[str, Any]:
         "sites": [_site(site) for site in result.sites],
         "metrics": {name: asdict(scores) for name, scores in result.metrics.items()},
         "per_site": [_per_site(site) for site in result.sites],
+        "evaluation": evaluation_report(plan, result.evaluation),
         "rounds": [_round(record, point) for record, point in zip(result.records, result.curve, strict=True)],
         "estimated_units": result.estimated_units,
         "timing": result.timing,

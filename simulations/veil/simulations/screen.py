@@ -15,8 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from veil.server.run_report import evaluation_report
 from veil.simulations.report import SimulationResult, SiteResult
 
+_WRITTEN = "report.json, picture.png, statement.html, model-card.html, certificate.json, ledger.sqlite, model/"
 _NAMES = (
     ("federated", "together (Veil)"),
     ("local_only", "one site alone, with DP (mean of sites)"),
@@ -83,7 +85,18 @@ def show_result(result: SimulationResult, output: Path) -> None:
                 f"{words:<40} accuracy {100 * scores.accuracy:5.1f} %   macro F1 {100 * scores.macro_f1:5.1f} %",
                 highlight=False,
             )
-    console.print(f"\n{output}: report.json, picture.png, model/, ledger.sqlite", highlight=False, soft_wrap=True)
+    released = evaluation_report(result.plan, result.evaluation)
+    if released is not None:
+        console.print(
+            f"{'together, as the sites released it':<40} {_released(**released['accuracy'])}", highlight=False
+        )
+    console.print(f"\n{output}: {_WRITTEN}", highlight=False, soft_wrap=True)
+
+
+def _released(*, value: float | None, low: float, high: float, reason: str, **_: object) -> str:
+    if value is None:
+        return f"accuracy not known: {reason}"
+    return f"accuracy {100 * value:5.1f} % ({100 * low:.1f} to {100 * high:.1f} %)"
 
 
 def _site_table(result: SimulationResult) -> Table:

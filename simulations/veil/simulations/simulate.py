@@ -23,12 +23,14 @@ from veil.client.features import cached_features
 from veil.client.ledger import entries_of, total
 from veil.common.backbone import FrozenBackbone, load_backbone
 from veil.common.errors import PlanError
+from veil.common.keys import NodeKey
 from veil.common.plan import RunPlan, Simulation
 from veil.common.privacy import spent
 from veil.common.schedule import schedule
 from veil.common.update import Adapter
 from veil.common.weights import cache_folder
 from veil.server.app import Outcome
+from veil.server.documents import write_documents
 from veil.server.model import TunedModel
 from veil.server.state import RunState
 from veil.simulations.baselines import Baselines, Pool, run_baselines
@@ -97,7 +99,18 @@ def simulate(
                 baselines = run_baselines(pool, work, lambda name: advance(1))
         result = _result(pool, workspace, outcome, adapters, baselines, clock.seconds, engine)
         TunedModel(plan=plan, adapter=outcome.adapter, backbone=backbone).save(partial / "model")
-        (partial / "report.json").write_text(json.dumps(build_report(result), indent=2) + "\n", encoding="utf-8")
+        report = build_report(result)
+        (partial / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_documents(
+            partial,
+            plan,
+            outcome.job,
+            records=outcome.records,
+            evidence=outcome.evidence,
+            report=report,
+            key=NodeKey.generate(),
+            simulation=True,
+        )
         draw_picture(result, partial / "picture.png")
         workspace.copy_ledger_to(partial / "ledger.sqlite")
         close_workspaces()
@@ -202,6 +215,7 @@ def _result(
         timing=seconds,
         engine=engine.value,
         estimated_units=outcome.estimated_units,
+        evaluation=outcome.evaluation,
     )
 
 

@@ -19,6 +19,8 @@ import numpy as np
 from flwr.app import Context
 from numpy.typing import NDArray
 
+from veil.client.examples import Examples
+from veil.client.holdout import held_out, identities
 from veil.client.ledger import Ledger
 from veil.client.policy import Limits, SitePolicy
 from veil.client.site import Consent, Site
@@ -50,8 +52,7 @@ class Workspace:
         folder: Path,
         plan: RunPlan,
         features: NDArray[np.floating],
-        labels: NDArray[np.int64],
-        units: NDArray[np.str_],
+        examples: Examples,
         shares: tuple[Share, ...],
     ) -> Workspace:
         """Lay the sites down.
@@ -60,8 +61,7 @@ class Workspace:
             folder: a new folder.
             plan: with its simulation section.
             features: pooled backbone features of all records, [n, d]; a memory map is referred to, not copied.
-            labels: class of each record, [n].
-            units: unit of each record, [n].
+            examples: the pooled records, [n].
             shares: which records each site trains on.
         """
         folder.mkdir(parents=True)
@@ -75,8 +75,9 @@ class Workspace:
         names = np.array([share.site for share in shares])
         np.savez(
             folder / _ARRAYS,
-            labels=labels,
-            units=units.astype(np.str_),
+            labels=examples.labels,
+            units=examples.units,
+            identities=identities(examples) if plan.evaluation else np.array([], dtype=np.str_),
             sites=names,
             key=np.frombuffer(key, dtype=np.uint8),
             features=np.array(where),
@@ -121,18 +122,21 @@ def _open(folder: Path, index: int) -> Site:
         noise=_RoundNoise(kind=_simulation(plan).noise, seed=plan.seed, site=name),
         consent=lambda job, plan: Consent.GIVEN,
         backbones=_Features(),
+        simulated=True,
     )
 
 
 def _units(folder: Path, plan: RunPlan, rows: NDArray[np.int64]) -> Units:
-    records = _records(folder)
+    records, evaluation = _records(folder), plan.evaluation
+    key = records["key"].tobytes()
     features = np.load(str(records["features"]), mmap_mode="r", allow_pickle=False)
     return bounded_units(
         np.array(features[rows]),
         records["labels"][rows],
         records["units"][rows],
         max_records=plan.privacy.max_records_per_patient,
-        key=records["key"].tobytes(),
+        key=key,
+        held=held_out(records["identities"][rows], key, evaluation.holdout) if evaluation else None,
     )
 
 
