@@ -16,13 +16,23 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from veil.client.connection import Connection, NotAdmittedError, UnreachableError
 from veil.common.errors import RefusalCode
-from veil.common.exchange import OfferReply, RoundReply, RoundRequest, Willingness
+from veil.common.exchange import OfferReply, RoundReply, RoundRequest, StatementReply, Willingness
 from veil.common.head import CENTRE, WEIGHT
 from veil.common.keys import NodeKey
 from veil.common.noise import spacing
 from veil.common.schedule import ReleaseKind, schedule
 from veil.common.update import Update
-from veil.common.wire import ARRAYS, CONFIG, OFFER, decode_offer, decode_request, encode_offer_reply, encode_reply
+from veil.common.wire import (
+    ARRAYS,
+    CONFIG,
+    OFFER,
+    STATEMENT,
+    decode_offer,
+    decode_request,
+    encode_offer_reply,
+    encode_reply,
+    encode_statement_reply,
+)
 
 Answer = Callable[[RoundRequest], RecordDict]
 
@@ -131,6 +141,8 @@ class Liar:
         if message.metadata.message_type == f"query.{OFFER}":
             job = decode_offer(message.content).job
             return encode_offer_reply(OfferReply(job=job, willingness=Willingness.READY))
+        if message.metadata.message_type == f"query.{STATEMENT}":
+            return encode_statement_reply(StatementReply(job="", refusal=RefusalCode.APPROVAL))
         return self.answer(decode_request(message.content))
 
 

@@ -11,16 +11,19 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from veil.common.backbone import FrozenBackbone, load_backbone
 from veil.common.errors import InputError, PlanError
 from veil.common.head import INTERCEPT, predict
 from veil.common.plan import Backbone, RunPlan
 from veil.common.update import Adapter
 from veil.common.weights import fingerprint
+
+if TYPE_CHECKING:
+    from veil.common.backbone import FrozenBackbone
 
 HEAD_FILE = "head/head.safetensors"
 """The tuned part, in a model's folder."""
@@ -96,6 +99,8 @@ class TunedModel:
             ) from None
         backbone = None
         if plan.backbone is not None:
+            from veil.common.backbone import load_backbone
+
             source = f"path:{folder.resolve()}"
             pinned = Backbone(source=source, sha256=fingerprint(source, base=folder).sha256)
             backbone = load_backbone(pinned, plan.task, base=folder)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from veil.common.backbone import FrozenBackbone, load_backbone
 from veil.common.durable import sync_file, sync_folder
 from veil.common.errors import PlanError
 from veil.common.head import initial_adapter
@@ -24,6 +24,9 @@ from veil.server.model import TunedModel
 from veil.server.run_report import build_run_report
 from veil.server.state import RunState
 from veil.server.statements import Evidence
+
+if TYPE_CHECKING:
+    from veil.common.backbone import FrozenBackbone
 
 
 def initial_state(plan: RunPlan, shelf: Path, sites: int) -> RunState:
@@ -83,4 +86,6 @@ def write_result(
 def _backbone(plan: RunPlan, shelf: Path) -> FrozenBackbone | None:
     if plan.backbone is None:
         return None
+    from veil.common.backbone import load_backbone
+
     return load_backbone(BackboneShelf(shelf).find(plan.backbone), plan.task, base=shelf)

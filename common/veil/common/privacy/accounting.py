@@ -16,15 +16,17 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-import dp_accounting
 import numpy as np
-from dp_accounting import pld, rdp
 from numpy.typing import NDArray
 
 from veil.common.privacy.floor import least_epsilon
 from veil.common.privacy.mechanism import Mechanism, PrivacySpent
 from veil.common.privacy.renyi import FILTER_ORDERS, ORDERS, epsilon_at, renyi
+
+if TYPE_CHECKING:
+    from dp_accounting import PrivacyAccountant  # a second to load, which most processes never need
 
 PLD_INTERVAL = 1e-4
 """Grid of the privacy-loss distribution; dp-accounting rounds to the pessimistic side.
@@ -194,6 +196,8 @@ def _pld_is_cheap(sampled: tuple[_Term, ...]) -> bool:
 
 def _exact(mu_squared: float, delta: float) -> float:
     """ε of full batches alone (Balle & Wang 2018)."""
+    import dp_accounting
+
     with _quiet():
         return float(dp_accounting.get_epsilon_gaussian(mu_squared**-0.5, delta)) if mu_squared else 0.0
 
@@ -221,20 +225,24 @@ def _quiet() -> Iterator[None]:
 
 def _rdp_of_fractions(mu_squared: float, sampled: tuple[_Term, ...], delta: float) -> float:
     """ε by dp-accounting's Rényi bound at fractional orders, whose series it sums without signs: an upper bound."""
+    from dp_accounting import rdp
+
     return _compose(rdp.RdpAccountant(orders=_FRACTIONS), mu_squared, sampled, delta)
 
 
 def _pld(mu_squared: float, sampled: tuple[_Term, ...], delta: float) -> float:
     """ε by dp-accounting's privacy-loss distribution; nan when it fails."""
+    from dp_accounting import pld
+
     try:
         return _compose(pld.PLDAccountant(value_discretization_interval=PLD_INTERVAL), mu_squared, sampled, delta)
     except (ArithmeticError, LookupError, MemoryError, ValueError):
         return math.nan
 
 
-def _compose(
-    accountant: dp_accounting.PrivacyAccountant, mu_squared: float, sampled: tuple[_Term, ...], delta: float
-) -> float:
+def _compose(accountant: PrivacyAccountant, mu_squared: float, sampled: tuple[_Term, ...], delta: float) -> float:
+    import dp_accounting
+
     with _quiet():
         if mu_squared:
             accountant.compose(dp_accounting.GaussianDpEvent(mu_squared**-0.5))

@@ -10,8 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-import dp_accounting
-
 from veil.common.privacy.accounting import GUARD, gaussian_mu_squared, renyi_bound, spent
 from veil.common.privacy.mechanism import (
     MAX_NOISE_MULTIPLIER,
@@ -35,6 +33,8 @@ def gaussian_sigma(budget: PrivacyBudget) -> float:
 
     1/σ² is the μ² that the budget buys.
     """
+    import dp_accounting
+
     return float(dp_accounting.get_sigma_gaussian(budget.target_epsilon, budget.target_delta))
 
 
