@@ -124,6 +124,7 @@ def test_a_run_of_three_sites_finishes_with_its_epsilon_stated(printed: Mapping[
     assert re.search(r"^6 lines; ε (1\.9\d+|2) at δ = 1e-05$", text, re.M)
     assert len(re.findall(r"^(?:well|ill)\t[01]\.\d+$", text, re.M)) == 80
     assert "approved runbook-" in text and "wrote north-log.json" in text
+    assert re.search(r"^VALID: every signature fits", text, re.M) and "NOT COMPARED" not in text
 
 
 def test_a_rotated_certificate_is_served_and_trusted(printed: Mapping[str, str]) -> None:

@@ -197,7 +197,7 @@ def clinics(open_clinics: Callable[[], Deployment]) -> Iterator[Clinics]:
             enrol(deployment, name)
             deployment.start_site(name)
         opened = Clinics(deployment=deployment)
-        opened.at_work()
+        opened.connected(*SITES)
         yield opened
 
 
@@ -208,7 +208,7 @@ def _mended(request: pytest.FixtureRequest) -> Iterator[None]:
     if "clinics" in request.fixturenames:
         clinics: Clinics = request.getfixturevalue("clinics")
         clinics.mend()
-        clinics.at_work()
+        clinics.connected(*SITES)
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ VICTIMS = ("agent", "executor", "runner", "link", "coordinator")
 
 @pytest.mark.parametrize("victim", VICTIMS)
 def test_killed_while_the_run_is_offered_in_the_first_round_and_in_the_middle(clinics: Any, victim: str) -> None:
+    clinics.at_work()
     clinics.deployment.processes.pop("Celle").end()
     job = clinics.submit()
     clinics.deployment.wait_for(lambda: job.status.sites.get("Bonn") == "ready", "Bonn's answer")

@@ -40,6 +40,7 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_push_object_fn_protobuf,
 )
 from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
     ObjectPushError,
     inflate_object_from_contents,
     pull_objects,
@@ -54,6 +55,9 @@ from veil.common.keys import NodeKey
 
 HEARTBEAT_S = 10.0
 """Seconds between heartbeats; Flower counts a node as offline after two missed ones."""
+
+MISSING_S = 5.0
+"""How long a part of a message that the coordinator announced and does not have is waited for."""
 
 MAX_MESSAGE_BYTES = 2 << 30
 """Largest message that is taken in."""
@@ -219,10 +223,13 @@ class Connection:
             return content
 
         try:
-            contents = pull_objects([one.object_id for one in iterate_object_tree(tree)], bounded)
+            parts = [one.object_id for one in iterate_object_tree(tree)]
+            contents = pull_objects(parts, bounded, max_time=MISSING_S, backoff_cap=1.0)
             message = inflate_object_from_contents(tree.object_id, contents)
         except (UnreachableError, NotAdmittedError):
             raise
+        except ObjectPullError as error:  # whoever asked died in the midst of it, and asks again
+            raise DeclinedError(str(error)) from None
         except Exception as error:  # hostile bytes fail inside Flower's inflation in many ways
             raise UnreachableError(f"a message that cannot be read ({type(error).__name__})") from None
         if not isinstance(message, Message):

@@ -86,6 +86,7 @@ def simulate(
     if plan.simulation is None:
         raise PlanError(f"plan {plan.name} has no [simulation]", "a table to simulate sites from", "add [simulation]")
     check_engine(engine)
+    schedule(plan)
     with fresh_folder(output) as partial:
         clock = Clock()
         with clock.stage("total_s"):
