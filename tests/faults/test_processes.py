@@ -38,7 +38,7 @@ VICTIMS = ("agent", "executor", "runner", "link", "coordinator")
 def test_killed_while_the_run_is_offered_in_the_first_round_and_in_the_middle(clinics: Any, victim: str) -> None:
     clinics.at_work()
     clinics.deployment.processes.pop("Celle").end()
-    job = clinics.submit()
+    job = clinics.submit(clinics.plan(rounds=16))
     clinics.deployment.wait_for(lambda: job.status.sites.get("Bonn") == "ready", "Bonn's answer")
     assert job.status.phase.value == "offering"
     strike(clinics, victim)

@@ -187,7 +187,10 @@ def test_an_interrupted_run_leaves_nothing(
         time.sleep(0.05)
     assert partial.exists()
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "interrupted" in err and "Traceback" not in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.toml", "records.csv"]
