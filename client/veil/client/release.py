@@ -59,13 +59,7 @@ def centre_update(units: Units, mechanism: Mechanism, noise: NoiseSource) -> Upd
     size = units.features.shape[1] + 1
     bound = clip_bound(mechanism.max_grad_norm, size)
     total = clipped_mean_sum(units.mean_rows(), COUNT_WEIGHT, bound)
-    points = privatize(
-        total,
-        noise_multiplier=mechanism.noise_multiplier,
-        max_grad_norm=mechanism.max_grad_norm,
-        noise=noise,
-    )
-    return Update(points={CENTRE: points}, spacing=spacing(mechanism.max_grad_norm))
+    return _noised(CENTRE, total, mechanism, noise)
 
 
 def evaluation_update(held: Units, adapter: Adapter, mechanism: Mechanism, noise: NoiseSource) -> Update:
@@ -73,13 +67,17 @@ def evaluation_update(held: Units, adapter: Adapter, mechanism: Mechanism, noise
     [2 classes + 3]: see `outcome_rows`."""
     rows = outcome_rows(predict(adapter, held.features), held.labels)
     total = clipped_sum(held.means(rows), clip_bound(mechanism.max_grad_norm, rows.shape[1]))
+    return _noised(EVALUATION, total, mechanism, noise)
+
+
+def _noised(name: str, total: NDArray[np.float64], mechanism: Mechanism, noise: NoiseSource) -> Update:
     points = privatize(
         total,
         noise_multiplier=mechanism.noise_multiplier,
         max_grad_norm=mechanism.max_grad_norm,
         noise=noise,
     )
-    return Update(points={EVALUATION: points}, spacing=spacing(mechanism.max_grad_norm))
+    return Update(points={name: points}, spacing=spacing(mechanism.max_grad_norm))
 
 
 def gradient_update(weight: NDArray[np.float64], batch: HeadBatch, mechanism: Mechanism, noise: NoiseSource) -> Update:

@@ -46,7 +46,7 @@ def _mechanism(value: object) -> Mechanism:
     if isinstance(value, Mechanism):
         return value
     try:
-        mechanism = Mechanism.from_record(value)  # type: ignore[arg-type]
+        mechanism = Mechanism.from_record(value)  # type: ignore[arg-type]  # a value of another form raises here
     except (LookupError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"no mechanism ({type(error).__name__})") from None
     if mechanism.to_record() != value:

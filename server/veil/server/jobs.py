@@ -144,7 +144,7 @@ class Job:
 
     def note(self, **changes: object) -> None:
         """Write a changed status."""
-        status = replace(self.status, updated=time.time(), **changes)  # type: ignore[arg-type]
+        status = replace(self.status, updated=time.time(), **changes)  # type: ignore[arg-type]  # named by the caller
         partial = self.folder / ".status.partial"
         with partial.open("w", encoding="utf-8") as file:
             json.dump(asdict(status), file)

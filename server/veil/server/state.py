@@ -157,5 +157,5 @@ def _digest(text: str, weight: NDArray[np.float64], centre: NDArray[np.float64])
 
 
 def _record(fields: dict[str, object]) -> RoundRecord:
-    known = {**fields, "kind": ReleaseKind(str(fields["kind"])), "sites": tuple(fields["sites"])}  # type: ignore[arg-type]
-    return RoundRecord(**known)  # type: ignore[arg-type]
+    known = {**fields, "kind": ReleaseKind(str(fields["kind"])), "sites": tuple(fields["sites"])}  # type: ignore[arg-type]  # JSON
+    return RoundRecord(**known)  # type: ignore[arg-type]  # as `asdict` wrote it
