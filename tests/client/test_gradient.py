@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +12,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from opacus import GradSampleModule
 from torch.nn.functional import cross_entropy
 
 from veil.client.gradient import clipped_head_sum, clipped_mean_sum
-from veil.client.units import HeadBatch, Units
+from veil.client.head_batch import HeadBatch, HeadStream
+from veil.client.reference import opacus_clipped_sum
+from veil.client.units import Units
 from veil.common.head import head_inputs
 
 Floats = NDArray[np.float64]
@@ -49,29 +49,10 @@ def slow(weight: Floats, units: Units, centre: Floats, bound: float) -> Floats:
     return total
 
 
-def opacus_hooks(weight: Floats, units: Units, centre: Floats, bound: float) -> Floats:
-    """Per-record gradients of Opacus' hooks, averaged by patient, clipped, summed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        module = GradSampleModule(torch.nn.Linear(weight.shape[1], CLASSES, bias=False).double(), loss_reduction="sum")
-        parameter = next(module.parameters())
-        with torch.no_grad():
-            parameter.copy_(torch.from_numpy(weight))
-        outputs = module(torch.from_numpy(head_inputs(units.features, centre)))
-        cross_entropy(outputs, torch.from_numpy(units.labels), reduction="sum").backward()
-    records: torch.Tensor = parameter.grad_sample.detach()
-    means = torch.zeros(units.count, *weight.shape, dtype=torch.float64)
-    means.index_add_(0, torch.from_numpy(units.unit), records)
-    means /= torch.from_numpy(np.maximum(units.sizes, 1))[:, None, None]
-    factors = (bound / means.flatten(1).norm(dim=1).clamp(min=1e-300)).clamp(max=1.0)
-    total: Floats = (factors[:, None, None] * means).sum(0).numpy()
-    return total
-
-
 @pytest.mark.parametrize("most", [1, 5], ids=["record", "patient"])
 @pytest.mark.parametrize("bound", [0.05, 0.5, 100.0], ids=["all clipped", "some clipped", "none clipped"])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 10.0])
-@pytest.mark.parametrize("reference", [slow, opacus_hooks])
+@pytest.mark.parametrize("reference", [slow, opacus_clipped_sum])
 def test_equal_to_the_reference(
     reference: Callable[..., Floats], scale: float, bound: float, most: int, make_units: Callable[..., Units]
 ) -> None:
@@ -79,6 +60,20 @@ def test_equal_to_the_reference(
     weight, centre = random_weight(2, scale), 0.2 * np.random.default_rng(3).normal(size=WIDTH)
     found = clipped_head_sum(weight, HeadBatch.of(units, centre), bound)
     np.testing.assert_allclose(found, reference(weight, units, centre, bound), rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("most", [1, 5], ids=["record", "patient"])
+@pytest.mark.parametrize("block", [1, 7, 1000])
+def test_a_stream_of_blocks_gives_the_same_sum(block: int, most: int, make_units: Callable[..., Units]) -> None:
+    """Of all units and of a sample; a block that divided a patient would clip its parts instead of their mean."""
+    units = make_units(25, most=most, seed=5, width=WIDTH)
+    weight, centre = random_weight(2, 3.0), 0.2 * np.random.default_rng(3).normal(size=WIDTH)
+    whole, stream = HeadBatch.of(units, centre), HeadStream(units=units, centre=centre, most=block)
+    assert stream.count == whole.count
+    chosen = np.random.default_rng(1).random(25) < 0.4
+    for streamed, kept in ((stream, whole), (stream.take(chosen), whole.take(chosen))):
+        found, expected = clipped_head_sum(weight, streamed, 0.2), clipped_head_sum(weight, kept, 0.2)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=EXACT)
 
 
 def test_the_sum_of_a_patient_with_opposite_records_is_that_of_their_mean() -> None:

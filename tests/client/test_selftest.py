@@ -11,8 +11,9 @@ import pytest
 from numpy.typing import NDArray
 
 from veil.client import gradient, optimizer, release, selftest
+from veil.client.head_batch import HeadBatch
 from veil.client.selftest import examine_step
-from veil.client.units import HeadBatch, Units
+from veil.client.units import Units
 from veil.common.errors import RunError
 from veil.common.noise import NoiseSource, privatize
 
@@ -126,6 +127,17 @@ def test_clipping_that_does_not_hold_is_found(broken: Callable[..., Sum], monkey
     name = "clipped_head_sum" if broken.__name__.startswith("head") else "clipped_mean_sum"
     monkeypatch.setattr(selftest, name, broken)
     with pytest.raises(RunError, match="one unit's"):
+        examine_step()
+
+
+def test_a_gradient_that_is_not_opacus_own_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A millionth too short: neither its noise nor its bound shows it."""
+
+    def shorter(weight: Sum, batch: HeadBatch, bound: float) -> Sum:
+        return gradient.clipped_head_sum(weight, batch, bound) * (1 - 1e-6)
+
+    monkeypatch.setattr(selftest, "clipped_head_sum", shorter)
+    with pytest.raises(RunError, match="Opacus"):
         examine_step()
 
 

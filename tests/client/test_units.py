@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from veil.client.units import HeadBatch, Units, bounded_units
+from veil.client import head_batch
+from veil.client.head_batch import HeadBatch, HeadStream
+from veil.client.units import Units, bounded_units
 from veil.common.head import unit_rows
 
 KEY = bytes(range(32))
@@ -160,3 +165,44 @@ def test_pairs_are_all_pairs_of_one_unit() -> None:
 def test_unit_rows_have_length_one_or_nothing() -> None:
     rows = unit_rows(np.array([[1e30, 0.0], [1e-30, 1e-30], [0.0, 0.0], [np.inf, 1.0], [np.nan, 1.0]], np.float32))
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), [1, 1, 0, 0, 0], atol=1e-12)
+
+
+@pytest.mark.parametrize("most", [1, 4, 9, 1000])
+def test_pieces_divide_no_unit_and_leave_nothing_out(most: int, make_units: Callable[..., Units]) -> None:
+    units = make_units(20, most=5, width=3)
+    pieces = list(units.pieces(most))
+    assert all(len(piece.unit) <= most or piece.count == 1 for piece in pieces)
+    assert sum(piece.count for piece in pieces) == units.count
+    rows = {tuple(row): size for row, size in zip(units.features.tolist(), units.sizes[units.unit], strict=True)}
+    found = {
+        tuple(row): size
+        for piece in pieces
+        for row, size in zip(piece.features.tolist(), piece.sizes[piece.unit], strict=True)
+    }
+    assert found == rows
+
+
+def test_batches_are_kept_only_as_far_as_there_is_room(
+    make_units: Callable[..., Units], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for one of two: the second is prepared anew for each step; the room is free again when the first goes."""
+    first, second = (make_units(20, seed=seed, width=3) for seed in (1, 2))
+    centre = np.zeros(3)
+    free = head_batch.ROOM_BYTES - head_batch._ROOM._taken
+    size = HeadBatch.of(first, centre).nbytes
+    monkeypatch.setattr(head_batch, "ROOM_BYTES", head_batch.ROOM_BYTES - free + size + size // 2)
+    assert first.batch(centre) is first.batch(centre)
+    assert second.batch(centre) is not second.batch(centre)
+    first.batch(np.ones(3))
+    del first
+    gc.collect()
+    assert second.batch(centre) is second.batch(centre)
+
+
+def test_a_batch_without_room_for_one_step_is_streamed(
+    make_units: Callable[..., Units], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    units, centre = make_units(20, width=3), np.zeros(3)
+    monkeypatch.setattr(head_batch, "ROOM_BYTES", 8 * 20 * (4 + 3 * 10))
+    assert isinstance(units.batch(centre, classes=10), HeadBatch)
+    assert isinstance(units.batch(np.ones(3), classes=11), HeadStream)

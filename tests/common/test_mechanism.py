@@ -55,8 +55,8 @@ def test_the_edges_of_the_range_belong_to_it(edge: dict[str, Any]) -> None:
 
 
 def test_the_largest_noise_stays_inside_the_lattice() -> None:
-    """12.1 σ of noise (its furthest) must stay far inside int64: beyond, a cast would make it one constant."""
-    assert 12.2 * MAX_NOISE_MULTIPLIER * 2**LATTICE_BITS < 2**53
+    """13.2 σ of noise (its furthest) must stay far inside int64: beyond, a cast would make it one constant."""
+    assert 13.3 * MAX_NOISE_MULTIPLIER * 2**LATTICE_BITS < 2**53
 
 
 def test_a_mechanism_is_a_value() -> None:

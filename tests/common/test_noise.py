@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
-from scipy.stats import kstest
+from scipy.stats import kstest, spearmanr
 
-from veil.common.noise import LATTICE_BITS, NoiseSource, OSNoise, box_muller, clip_bound, privatize, spacing
+from veil.common.noise import LATTICE_BITS, NoiseSource, OSNoise, clip_bound, polar_gaussian, privatize, spacing
 from veil.simulations.unprivate_noise import FixedNoise, NoNoise
 
 Floats = NDArray[np.float64]
@@ -94,7 +94,7 @@ def test_uniform_draws_are_uniform() -> None:
 
 @pytest.mark.statistical
 def test_draws_do_not_know_each_other() -> None:
-    """Neighbours, halves (the two outputs of one Box-Muller pair) and successive calls. False alarm: 1e-6 together."""
+    """Neighbours, halves (the two numbers of one pair) and successive calls. False alarm: 1e-6 together."""
     noise = OSNoise()
     first, second = noise.gaussian(DRAWS), noise.gaussian(DRAWS)
     assert uncorrelated(first[1:], first[:-1])
@@ -117,12 +117,36 @@ def test_as_many_draws_as_asked_for(count: int) -> None:
     assert OSNoise().gaussian(count).shape == OSNoise().uniform(count).shape == (count,)
 
 
-def test_box_muller_reaches_its_stated_tail_and_is_finite_everywhere() -> None:
-    """Two uniform numbers of 53 bits make a radius: at their largest, √(2·106·ln 2) = 12.1."""
-    largest = 1 - 2.0**-53
-    extreme = box_muller(np.array([largest, 0.0, largest, 0.0, 0.0, largest]))
-    assert np.isfinite(extreme).all()
-    assert np.abs(extreme).max() == pytest.approx(math.sqrt(2 * 106 * math.log(2)), rel=1e-12)
+def test_the_polar_method_reaches_its_stated_tail_and_is_finite_everywhere() -> None:
+    """The innermost points but the centre have s = 2⁻¹²⁶, and √(2·126·ln 2) = 13.2; centre and corners are left out."""
+
+    def words(count: int) -> NDArray[np.uint64]:
+        drawn = np.zeros(count, np.uint64)
+        drawn[0], drawn[1], drawn[-1] = 1, 2**63 - 1, 1
+        return drawn
+
+    numbers = polar_gaussian(words, 5)
+    furthest = math.sqrt(2 * 126 * math.log(2))
+    np.testing.assert_allclose(numbers, [furthest, 0.0, 0.0, furthest, furthest], rtol=1e-12)
+
+
+def test_a_pair_of_the_polar_method_is_a_normal_pair() -> None:
+    """Radius Rayleigh, angle even, neither knows the other. Repeatable: no false alarm."""
+    random_words, pieces = np.random.default_rng(0), []
+
+    def words(count: int) -> NDArray[np.uint64]:
+        pieces.append(random_words.integers(0, 2**64, count, dtype=np.uint64))
+        return pieces[-1].copy()
+
+    drawn = polar_gaussian(words, 10_000)
+    inside = int((np.hypot(*(pieces[0].view(np.int64) * 2.0**-63).reshape(2, -1)) < 1).sum())
+    first, second = drawn[: 10_000 - inside], drawn[inside : inside + 10_000 - inside]
+    halves, angles = (first**2 + second**2) / 2, np.arctan2(second, first) / (2 * np.pi) + 0.5
+    assert kstest(halves, "expon").pvalue > 1e-3
+    assert kstest(angles, "uniform").pvalue > 1e-3
+    assert spearmanr(halves, angles).pvalue > 1e-3
+    assert kstest(1.1 * halves, "expon").pvalue < 1e-3
+    assert kstest(angles**1.1, "uniform").pvalue < 1e-3
 
 
 def test_no_seed_enters() -> None:

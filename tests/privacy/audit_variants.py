@@ -20,7 +20,7 @@ from veil.client import release
 from veil.client.audit import AuditResult, audit_plan
 from veil.client.audit_power import SeenBy
 from veil.client.gradient import clipped_head_sum
-from veil.client.units import HeadBatch
+from veil.client.head_batch import HeadBatch
 from veil.common import schedule as schedule_module
 from veil.common.noise import NoiseSource, OSNoise
 from veil.common.plan import RunPlan

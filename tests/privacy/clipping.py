@@ -37,8 +37,9 @@ from tests.privacy.scene import (
 from veil.client import release
 from veil.client import units as units_module
 from veil.client.gradient import clipped_head_sum
+from veil.client.head_batch import HeadBatch
 from veil.client.release import centre_update, evaluation_update, gradient_update
-from veil.client.units import HeadBatch, Units
+from veil.client.units import Units
 from veil.common import head
 from veil.common.evaluation import EVALUATION_NORM
 from veil.common.noise import privatize, spacing

@@ -39,8 +39,9 @@ from tests.statistical.checks import ENOUGH, check_count, check_scale, check_sha
 
 from veil.client import optimizer, release
 from veil.client.gradient import clipped_head_sum
+from veil.client.head_batch import HeadBatch
+from veil.client.optimizer import LatticeOptimizer
 from veil.client.release import gradient_update
-from veil.client.units import HeadBatch
 from veil.common.noise import NoiseSource, OSNoise, clip_bound, privatize
 from veil.common.privacy import Mechanism
 from veil.common.update import Update
@@ -101,9 +102,9 @@ def scaled_by_batch() -> AbstractContextManager[None]:
     """Each step's noise shrinks and grows with the number of units that its sample happens to hold."""
     ours = release._step
 
-    def variant(opt: Any, parameter: torch.nn.Parameter, of: HeadBatch, paid: Mechanism) -> None:
+    def variant(opt: LatticeOptimizer, of: HeadBatch, paid: Mechanism) -> None:
         opt.noise_multiplier = paid.noise_multiplier * len(of.labels) / max(0.1, of.count * paid.sample_rate)
-        ours(opt, parameter, of, paid)
+        ours(opt, of, paid)
 
     return replaced((release, "_step", variant))
 
@@ -189,7 +190,7 @@ _TORCH_APART = 8
 """Places between two numbers of a Box-Muller pair: torch draws in blocks of sixteen."""
 
 _OUR_APART = len(LABELS) * (_FEATURES + 1) // 2
-"""Ours are half the release apart."""
+"""Ours are about half the release apart."""
 
 
 def rightly_identified(apart: int) -> int:
@@ -222,7 +223,7 @@ def _off_grid(noise: Floats, apart: int) -> float:
 
 
 def guard_attack() -> None:
-    """The observer of `rightly_identified` does as well as a coin, also when it is told how our numbers pair."""
+    """The observer of `rightly_identified` does as well as a coin, also when it is told about how our numbers pair."""
     for apart in (_TORCH_APART, _OUR_APART):
         check_count(rightly_identified(apart), TRIALS, 0.502)
 

@@ -9,10 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tests.privacy.scene import (
     LABELS,
@@ -36,8 +34,8 @@ from tests.privacy.scene import (
 from tests.statistical.checks import check_count, check_dispersion, check_scale
 
 from veil.client import release
+from veil.client.head_batch import HeadBatch
 from veil.client.optimizer import LatticeOptimizer
-from veil.client.units import HeadBatch
 from veil.common.noise import NoiseSource, OSNoise
 from veil.common.privacy import Mechanism
 from veil.common.schedule import DELTA_SPACING
@@ -60,12 +58,11 @@ def _trained_on(samples: Samples) -> AbstractContextManager[None]:
         learning_rate: float,
         nominal_units: float,
     ) -> Update:
-        parameter = torch.nn.Parameter(torch.from_numpy(weight.copy()))
         divisor = paid.sample_rate * nominal_units
-        descent = LatticeOptimizer(parameter, mechanism=paid, noise=noise, learning_rate=learning_rate, divisor=divisor)
+        descent = LatticeOptimizer(weight, mechanism=paid, noise=noise, learning_rate=learning_rate, divisor=divisor)
         for sample in samples(of, paid, noise):
-            release._step(descent, parameter, sample, paid)
-        change = parameter.detach().numpy() - weight
+            release._step(descent, sample, paid)
+        change = descent.weight - weight
         return Update(points={WEIGHT: np.rint(change / DELTA_SPACING).astype(np.int64)}, spacing=DELTA_SPACING)
 
     return replaced((release, "delta_update", variant))
@@ -79,9 +76,9 @@ def _taken() -> NDArray[np.bool_]:
     records = units(np.stack([np.cos(names), np.sin(names)], axis=1), np.zeros(UNITS))
     known = batch(records).inputs[:, 0]
 
-    def looking(opt: Any, parameter: torch.nn.Parameter, of: HeadBatch, paid: Mechanism) -> None:
+    def looking(opt: LatticeOptimizer, of: HeadBatch, paid: Mechanism) -> None:
         read.append(np.isin(known, of.inputs[:, 0]))
-        ours(opt, parameter, of, paid)
+        ours(opt, of, paid)
 
     paid = mechanism(50.0, sample_rate=RATE, steps=STEPS)
     start = np.zeros((len(LABELS), 3))
@@ -137,9 +134,9 @@ def guard_patients() -> None:
     held: list[NDArray[np.int64]] = []
     ours = release._step
 
-    def looking(opt: Any, parameter: torch.nn.Parameter, of: HeadBatch, paid: Mechanism) -> None:
+    def looking(opt: LatticeOptimizer, of: HeadBatch, paid: Mechanism) -> None:
         held.append(np.bincount(of.unit, minlength=count))
-        ours(opt, parameter, of, paid)
+        ours(opt, of, paid)
 
     paid = mechanism(50.0, sample_rate=RATE, steps=steps)
     with replaced((release, "_step", looking)):
@@ -216,9 +213,9 @@ def guard_steps() -> None:
     taken: list[int] = []
     ours = LatticeOptimizer.add_noise
 
-    def counting(self: LatticeOptimizer) -> None:
+    def counting(self: LatticeOptimizer, clipped_sum: Floats) -> None:
         taken.append(1)
-        ours(self)
+        ours(self, clipped_sum)
 
     with stage() as scene, replaced((LatticeOptimizer, "add_noise", counting)):
         site = scene.site(drawn(5))
@@ -231,9 +228,9 @@ def step_twice() -> AbstractContextManager[None]:
     """Every batch is stepped on in two halves, and counted as one step."""
     ours = release._step
 
-    def variant(opt: Any, parameter: torch.nn.Parameter, of: HeadBatch, paid: Mechanism) -> None:
-        ours(opt, parameter, of, paid)
-        ours(opt, parameter, of, paid)
+    def variant(opt: LatticeOptimizer, of: HeadBatch, paid: Mechanism) -> None:
+        ours(opt, of, paid)
+        ours(opt, of, paid)
 
     return replaced((release, "_step", variant), (release, "_check_steps", lambda *_: None))
 
@@ -242,9 +239,9 @@ def guard_overrun() -> None:
     """A loop that takes a step more than was paid for releases nothing."""
     ours = release._step
 
-    def twice(opt: Any, parameter: torch.nn.Parameter, of: HeadBatch, paid: Mechanism) -> None:
-        ours(opt, parameter, of, paid)
-        ours(opt, parameter, of, paid)
+    def twice(opt: LatticeOptimizer, of: HeadBatch, paid: Mechanism) -> None:
+        ours(opt, of, paid)
+        ours(opt, of, paid)
 
     with stage() as scene, replaced((release, "_step", twice)):
         reply = scene.site(drawn(5)).answer(request(fedavg(), 1, 6))

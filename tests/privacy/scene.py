@@ -20,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veil.client.backbone_store import BackboneStore
+from veil.client.head_batch import HeadBatch
 from veil.client.ledger import Ledger
 from veil.client.policy import Limits, SitePolicy
 from veil.client.site import Consent, Site
-from veil.client.units import HeadBatch, Units
+from veil.client.units import Units
 from veil.common.exchange import RoundReply, RoundRequest
 from veil.common.head import CENTRE, WEIGHT, initial_adapter
 from veil.common.keys import NodeKey
@@ -105,7 +106,7 @@ def chosen(records: Units, keep: list[int]) -> Units:
 
 def batch(records: Units) -> HeadBatch:
     """The head's view around a zero centre."""
-    return records.batch(np.zeros(records.features.shape[1]))
+    return HeadBatch.of(records, np.zeros(records.features.shape[1]))
 
 
 def silent() -> NoNoise:

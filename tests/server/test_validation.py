@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,9 @@ from numpy.typing import NDArray
 from scipy.stats import binom, chi, norm
 
 from veil.client.gradient import clipped_head_sum
+from veil.client.head_batch import HeadBatch
 from veil.client.release import delta_update
-from veil.client.units import HeadBatch, Units
+from veil.client.units import Units
 from veil.common.errors import RefusalCode
 from veil.common.evaluation import EVALUATION_NORM
 from veil.common.exchange import RoundReply
@@ -73,12 +76,12 @@ def reply(update: Update, release: Release, **change: Any) -> RoundReply:
     return RoundReply(**{"site": "s", "job": "j", "round": release.round, "update": update, **change})
 
 
-def filled(release: Release, points: int) -> Update:
-    """All of its length in one number."""
+def filled(release: Release, *points: int) -> Update:
+    """All of its length in the first numbers, as it would be sent."""
     name, shape = SHAPES[release]
     tensor = np.zeros(shape, np.int64)
-    tensor.flat[0] = points
-    return Update(points={name: tensor}, spacing=release.spacing)
+    tensor.flat[: len(points)] = points
+    return Update(points={name: tensor}, spacing=release.spacing).narrowed(release.update_bits)
 
 
 def check(update: Update, release: Release, descent: Descent, units: float | None = None) -> Update | None:
@@ -104,8 +107,9 @@ def test_the_bound_by_hand(descent: Descent) -> None:
     assert longest(DELTA, descent, 16, None) == pytest.approx(4 * 4.0 * 0.1 * (20 + 1 * (4 + 6)) / (0.5 * 20))
 
 
+@pytest.mark.parametrize("bits", [8, 16, 32])
 @pytest.mark.parametrize("release", [GRADIENT, MEAN], ids=lambda release: release.kind.value)
-def test_an_honest_extreme_passes(release: Release, descent: Descent) -> None:
+def test_an_honest_extreme_passes(release: Release, bits: int, descent: Descent) -> None:
     """Every unit pulls in one direction, as far as clipping lets it, and the noise does the same."""
     name, shape = SHAPES[release]
     direction = np.arange(1.0, 1.0 + math.prod(shape)).reshape(shape)
@@ -117,7 +121,8 @@ def test_an_honest_extreme_passes(release: Release, descent: Descent) -> None:
         max_grad_norm=bound,
         noise=LargestNoise(direction),
     )
-    update = Update(points={name: points}, spacing=release.spacing)
+    update = Update(points={name: points}, spacing=release.spacing).narrowed(bits)
+    release = replace(release, update_bits=bits)
     assert check(update, release, descent) is update
     with pytest.raises(WireError):
         check(update, release, descent, units=UNITS / 2)
@@ -140,7 +145,7 @@ def test_an_honest_extreme_of_local_steps_passes(make_plan: Callable[..., RunPla
         LargestNoise(clipped_head_sum(descent.weight, batch, 1.0)),
         learning_rate=0.5,
         nominal_units=descent.nominal_units,
-    )
+    ).narrowed(DELTA.update_bits)
     assert check(update, DELTA, descent) is update
     length = float(np.linalg.norm(update.points[WEIGHT])) * update.spacing
     assert 0.95 < length / longest(DELTA, descent, 8, None) < 1
@@ -198,43 +203,64 @@ def test_a_release_of_another_kind_is_refused(release: Release, sent: Release, d
 def test_another_shape_is_refused(release: Release, descent: Descent, shape: tuple[int, ...]) -> None:
     name, _ = SHAPES[release]
     with pytest.raises(WireError, match="an update of other tensors"):
-        check(Update(points={name: np.zeros(shape, np.int64)}, spacing=release.spacing), release, descent)
+        check(Update(points={name: np.zeros(shape, np.int32)}, spacing=release.spacing), release, descent)
 
 
 @EACH_KIND
 def test_a_tensor_too_few_or_too_many_is_refused(release: Release, descent: Descent) -> None:
     name, shape = SHAPES[release]
     for names in ([], [name, "extra"], ["backbone"]):
-        points = {one: np.zeros(shape, np.int64) for one in names}
+        points = {one: np.zeros(shape, np.int32) for one in names}
         with pytest.raises(WireError, match="an update of other tensors"):
             check(Update(points=points, spacing=release.spacing), release, descent)
 
 
 @EACH_KIND
-@pytest.mark.parametrize("spacing", [math.nan, math.inf, -1.0, 0.0, 2.0**-10])
+@pytest.mark.parametrize("spacing", [math.nan, math.inf, -1.0, 0.0, 3 * 2.0**-10, 2.0**-70, 2.0**60])
 def test_another_lattice_is_refused(release: Release, descent: Descent, spacing: float) -> None:
     """Points are integers, so that NaN and infinity could only come in as their unit."""
     name, shape = SHAPES[release]
     with pytest.raises(WireError, match="another lattice"):
-        check(Update(points={name: np.zeros(shape, np.int64)}, spacing=spacing), release, descent)
+        check(Update(points={name: np.zeros(shape, np.int32)}, spacing=spacing), release, descent)
 
 
 @EACH_KIND
-@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
-def test_numbers_that_are_not_finite_are_refused(release: Release, descent: Descent, number: float) -> None:
+@pytest.mark.parametrize("width", ["float32", "float64", "int8", "int16", "int64", "uint32", ">i4"])
+def test_numbers_of_another_width_are_refused(release: Release, descent: Descent, width: str) -> None:
     """Should the wire ever let them through."""
     name, shape = SHAPES[release]
-    tensor: Any = np.full(shape, number)
-    with pytest.raises(WireError, match="an update of length"):
+    tensor: Any = np.ones(shape, width)
+    with pytest.raises(WireError, match="expected int32"):
         check(Update(points={name: tensor}, spacing=release.spacing), release, descent)
 
 
 @EACH_KIND
-@pytest.mark.parametrize("points", [-(2**63), 2**63 - 1])
+@pytest.mark.parametrize("bits", [8, 16, 32])
+def test_a_coarse_lattice_wins_a_liar_nothing_but_rounding(release: Release, bits: int, descent: Descent) -> None:
+    """Points whose numbers would fit a finer lattice are refused, and the others are judged by what they round."""
+    name, shape = SHAPES[release]
+    release = replace(release, update_bits=bits)
+    bound = longest(release, descent, math.prod(shape), None)
+    longest_taken = 0.0
+    for k in range(63):
+        spacing, largest = math.ldexp(release.spacing, k), 2 ** (bits - 1) - 1
+        for points in {1, largest // 2, largest // 2 + 1, largest, min(largest, math.floor(bound / spacing) - 1)}:
+            tensor = np.ones(shape, f"int{bits}")
+            tensor.flat[0] = points
+            update = Update(points={name: tensor}, spacing=spacing)
+            with suppress(WireError):
+                check(update, release, descent)
+                assert k == 0 or points >= 2 ** (bits - 2)
+                longest_taken = max(longest_taken, float(np.linalg.norm(tensor.astype(float))) * spacing)
+    assert bound / 3 < longest_taken < bound * (1 + 2.0 ** (3 - bits))
+
+
+@EACH_KIND
+@pytest.mark.parametrize("points", [-(2**31), 2**31 - 1])
 def test_the_largest_integers_do_not_wrap_round(release: Release, descent: Descent, points: int) -> None:
     name, shape = SHAPES[release]
     with pytest.raises(WireError, match="an update of length"):
-        check(Update(points={name: np.full(shape, points)}, spacing=release.spacing), release, descent)
+        check(Update(points={name: np.full(shape, points, np.int32)}, spacing=release.spacing), release, descent)
 
 
 def test_a_refusal_is_no_update(descent: Descent) -> None:
@@ -266,4 +292,4 @@ def filled_last(points: int) -> Update:
     """A centring release that says no more than a count."""
     tensor = np.zeros(WIDTH + 1, np.int64)
     tensor[-1] = points
-    return Update(points={CENTRE: tensor}, spacing=MEAN.spacing)
+    return Update(points={CENTRE: tensor}, spacing=MEAN.spacing).narrowed(MEAN.update_bits)

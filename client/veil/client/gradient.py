@@ -10,11 +10,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from veil.client.units import HeadBatch
+from veil.client.head_batch import Batch, HeadBatch
 from veil.common.head import probabilities
 
 
-def clipped_head_sum(weight: NDArray[np.floating], batch: HeadBatch, bound: float) -> NDArray[np.float64]:
+def clipped_head_sum(weight: NDArray[np.floating], batch: Batch, bound: float) -> NDArray[np.float64]:
     """Sum over units of the clipped mean cross-entropy gradient of a linear head.
 
     A unit's gradient is the mean over its records of e_i x_iᵀ with e_i = softmax - one-hot; its squared length is
@@ -28,24 +28,34 @@ def clipped_head_sum(weight: NDArray[np.floating], batch: HeadBatch, bound: floa
     Returns:
         [classes, d + 1], zero for an empty batch.
     """
-    errors = probabilities(weight, batch.inputs)
-    errors[np.arange(len(batch.labels)), batch.labels] -= 1.0
-    errors *= batch.share[:, None]
-    finite = np.isfinite(errors).all(axis=1)
-    errors[~finite] = 0.0
-    factors = np.minimum(1.0, bound / np.maximum(_norms(errors, batch), 1e-300))
-    total: NDArray[np.float64] = (errors * factors[batch.unit, None]).T @ batch.inputs
+    total = np.zeros(weight.shape)
+    for block in batch.blocks():
+        total += _clipped_block(weight, block, bound)
     return total
 
 
-def _norms(errors: NDArray[np.float64], batch: HeadBatch) -> NDArray[np.float64]:
-    """Length of each unit's gradient, [count]."""
-    own = np.einsum("nc,nc->n", errors, errors) * np.einsum("nd,nd->n", batch.inputs, batch.inputs)
-    squared = np.bincount(batch.unit, weights=own, minlength=batch.count)
-    if batch.pairs.shape[1]:
-        first, second = batch.pairs
-        cross = 2.0 * np.einsum("mc,mc->m", errors[first], errors[second]) * batch.dots
-        squared += np.bincount(batch.unit[first], weights=cross, minlength=batch.count)
+def _clipped_block(weight: NDArray[np.floating], block: HeadBatch, bound: float) -> NDArray[np.float64]:
+    errors = probabilities(weight, block.inputs)
+    errors[np.arange(len(block.labels)), block.labels] -= 1.0
+    own = np.einsum("nc,nc->n", errors, errors)
+    broken = ~np.isfinite(own)
+    if broken.any():
+        errors[broken] = own[broken] = 0.0
+    norms = _norms(errors, own, block)
+    factors = np.minimum(1.0, bound / np.maximum(norms, 1e-300))
+    errors *= (factors[block.unit] * block.share)[:, None]
+    total: NDArray[np.float64] = errors.T @ block.inputs
+    return total
+
+
+def _norms(errors: NDArray[np.float64], own: NDArray[np.float64], block: HeadBatch) -> NDArray[np.float64]:
+    """Length of each unit's gradient, [count]; `own` are the squared lengths of the errors, [n]."""
+    weights = own * block.squares * block.share**2
+    squared = np.bincount(block.unit, weights=weights, minlength=block.count)
+    if block.pairs.shape[1]:
+        first, second = block.pairs
+        cross = 2.0 * np.einsum("mc,mc->m", errors[first], errors[second]) * block.dots
+        squared += np.bincount(block.unit[first], weights=cross * block.share[first] ** 2, minlength=block.count)
     norms: NDArray[np.float64] = np.sqrt(np.maximum(squared, 0.0))
     return norms
 

@@ -29,7 +29,7 @@ from veil.common.privacy import Mechanism, PrivacyBudget, PrivacySpent, PrivacyU
 from veil.common.privacy.mechanism import MIN_NOISE_MULTIPLIER
 from veil.common.schedule import Release
 
-__all__ = ["Claim", "Entry", "Ledger", "entries_of", "total"]
+__all__ = ["Claim", "Entry", "Ledger", "entries_by_site", "entries_of", "total"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +56,7 @@ class Ledger:
             made for an empty ledger. Implies `exclusive`.
         exclusive: let no other such process at the file while it is open.
         recovering: open although the anchor disagrees, for `write_off`; until then nothing can be spent.
+        file: the open file at `path`, when ledgers of several sites share one; who opened it closes it.
 
     Raises:
         RefusalError: with the code `ledger`, for lines that were tampered with, an older copy, a missing anchor, or
@@ -72,17 +73,19 @@ class Ledger:
         anchor: Path | None = None,
         exclusive: bool = False,
         recovering: bool = False,
+        file: LineFile | None = None,
     ) -> None:
         self._path, self._site, self._key, self._public_pem = path, site, key, key.public_pem
         self._mutex = threading.RLock()
         self._books = Books(heads=[genesis(site).hash])
         self._anchor = None if anchor is None else Anchor(anchor, key)
         self._lock = FileLock(path) if exclusive or anchor is not None else None
-        self._file: LineFile | None = None
+        self._file, self._shared = file, file is not None
+        self._seen: tuple[int, int] | None = None
         try:
             if not recovering and not path.exists():
                 self._check_anchor()
-            self._file = LineFile(path)
+            self._file = self._file or LineFile(path)
             self._catch_up()
             if not recovering:
                 self._check_anchor()
@@ -93,7 +96,7 @@ class Ledger:
 
     def close(self) -> None:
         """Close the file and let others in."""
-        if self._file is not None:
+        if self._file is not None and not self._shared:
             self._file.close()
         if self._lock is not None:
             self._lock.release()
@@ -235,6 +238,9 @@ class Ledger:
 
     def _catch_up(self) -> None:
         """Read what was added since, by whomever: from the last known line on, which must be there unchanged."""
+        version = self._open_file.version(self._site)
+        if version == self._seen:
+            return
         known = self._books.head
         lines = self._open_file.lines(self._site, known.seq or None)
         if known.seq and (not lines or lines.pop(0).head != known):
@@ -246,6 +252,7 @@ class Ledger:
                 self._books.add(line)
         except (LookupError, TypeError, ValueError) as error:
             raise _damage(self._path, f"a line of another version ({error})") from error
+        self._seen = version
 
     @contextmanager
     def _transaction(self) -> Iterator[list[Line]]:
@@ -257,6 +264,8 @@ class Ledger:
                 yield added
                 if added and self._anchor is not None:
                     self._anchor.prepare(added[-1].head)
+                seen = self._open_file.version(self._site)
+            self._seen = seen
             for line in added:
                 self._books.add(line)
             if added and self._anchor is not None:
@@ -324,11 +333,25 @@ def entries_of(path: Path, site: str) -> tuple[Entry, ...]:
     Raises:
         RefusalError: when the file cannot be read, or holds what is no line.
     """
-    books = Books(heads=[genesis(site).hash])
     with closing(LineFile(path, reading=True)) as file:
-        try:
-            for line in file.lines(site):
-                books.add(line)
-        except (LookupError, TypeError, ValueError) as error:
-            raise _damage(path, f"a line that says nothing this version knows ({error})") from error
+        return _stated(file, site)
+
+
+def entries_by_site(path: Path) -> dict[str, tuple[Entry, ...]]:
+    """The same of every site with lines in the file.
+
+    Raises:
+        RefusalError: when the file cannot be read, or holds what is no line.
+    """
+    with closing(LineFile(path, reading=True)) as file:
+        return {site: _stated(file, site) for site in file.sites()}
+
+
+def _stated(file: LineFile, site: str) -> tuple[Entry, ...]:
+    books = Books(heads=[genesis(site).hash])
+    try:
+        for line in file.lines(site):
+            books.add(line)
+    except (LookupError, TypeError, ValueError) as error:
+        raise _damage(file.path, f"a line that says nothing this version knows ({error})") from error
     return tuple(books.entries)

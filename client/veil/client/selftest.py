@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A private step that is thrown away, to see on this very machine that noise is added and that clipping holds.
+"""A private step that is thrown away, to see on this very machine that noise is added, that clipping holds, and that
+gradients are those of Opacus.
 
 Promises that what is drawn here goes nowhere.
 """
@@ -29,6 +30,7 @@ _ENOUGH = 500
 """Numbers by which noise of half its size is told from noise of its size."""
 
 _BOUND = 0.1
+_EQUAL = 1e-9
 _RECORDS = 4
 
 _MECHANISM = Mechanism(noise_multiplier=2.0, max_grad_norm=1.0)
@@ -46,7 +48,7 @@ def examine_step(units: Units | None = None) -> Sequence[str]:
     Raises:
         RunError: when the noise is not what it should be, or one unit counts for more than the bound.
     """
-    units = units or _made_up()
+    units = units or _made_up(_WIDTH, np.arange(_COUNT))
     width = units.features.shape[1]
     classes = max(_CLASSES, int(units.labels.max(initial=0)) + 1)
     weight, centre = np.zeros((classes, width + 1)), np.zeros(width)
@@ -63,9 +65,11 @@ def examine_step(units: Units | None = None) -> Sequence[str]:
     for draw in (gradient, mean):
         _check_noise(draw)
     _check_clipping(width)
+    _check_reference(width)
     return [
         f"one step on {units.count} units took {took:.3f} s",
         "draws differ by noise of the promised size; one unit's part stays within the bound",
+        "clipped gradients equal those of Opacus' hooks",
     ]
 
 
@@ -104,6 +108,23 @@ def _check_clipping(width: int) -> None:
         _check_part("mean", both - first)
 
 
+def _check_reference(width: int) -> None:
+    """On made-up records of this width: patients of several records, some of them clipped."""
+    from veil.client.reference import opacus_clipped_sum  # late: torch and Opacus take seconds to load
+
+    random = np.random.default_rng()
+    units = _made_up(width, random.integers(0, _COUNT // _RECORDS, size=_COUNT))
+    weight, centre = random.normal(size=(_CLASSES, width + 1)), 0.1 * random.normal(size=width)
+    ours = clipped_head_sum(weight, units.batch(centre), _BOUND)
+    apart = float(np.abs(ours - opacus_clipped_sum(weight, units, centre, _BOUND)).max())
+    if not apart <= _EQUAL:
+        raise RunError(
+            f"clipped gradients {apart:g} away from those of Opacus' hooks",
+            f"at most {_EQUAL:g}",
+            "do not start; report this defect",
+        )
+
+
 def _check_part(name: str, part: NDArray[np.float64]) -> None:
     norm = float(np.linalg.norm(part))
     if norm > _BOUND:
@@ -121,11 +142,12 @@ def _labelled(row: NDArray[np.float64], units: Sequence[Sequence[int]]) -> Units
     )
 
 
-def _made_up() -> Units:
+def _made_up(width: int, unit: NDArray[np.int64]) -> Units:
     random = np.random.default_rng()
+    _, numbered = np.unique(unit, return_inverse=True)
     return Units(
-        features=random.normal(size=(_COUNT, _WIDTH)),
-        labels=random.integers(0, _CLASSES, size=_COUNT),
-        unit=np.arange(_COUNT),
-        count=_COUNT,
+        features=random.normal(size=(len(unit), width)),
+        labels=random.integers(0, _CLASSES, size=len(unit)),
+        unit=numbered.astype(np.int64),
+        count=int(numbered.max()) + 1,
     )

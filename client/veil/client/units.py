@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from veil.common.head import head_inputs, unit_rows
+from veil.client.head_batch import Batch, Kept, head_batch, rows_by_unit
+from veil.common.head import unit_rows
+
+_PIECE = 2**15
+"""Records of a piece: of 1280 features, a third of a gigabyte while it is worked on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,15 +39,22 @@ class Units:
     unit: NDArray[np.int64]
     count: int
     held: Units | None = None
-    _batch: dict[bytes, HeadBatch] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _batch: Kept = field(default_factory=Kept, init=False, repr=False, compare=False)
 
-    def batch(self, centre: NDArray[np.floating]) -> HeadBatch:
-        """The head's view of these records around a centre [d]; kept until another centre comes."""
+    def batch(self, centre: NDArray[np.floating], classes: int = 2) -> Batch:
+        """The head's view of these records around a centre [d]; kept, where there is room, until another centre comes.
+
+        Args:
+            centre: [d].
+            classes: the head's, by which a step's memory is estimated.
+        """
         key = centre.tobytes()
-        if key not in self._batch:
-            self._batch.clear()
-            self._batch[key] = HeadBatch.of(self, centre)
-        return self._batch[key]
+        found = self._batch.get(key)
+        if found is None:
+            prepared = head_batch(self, centre, classes)
+            self._batch.put(key, prepared)
+            return prepared
+        return found
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -62,8 +73,40 @@ class Units:
     def means(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
         """Mean of each unit's records' rows: [n, m] to [count, m]."""
         sums = np.zeros((self.count, rows.shape[1]))
-        np.add.at(sums, self.unit, rows)
+        if len(rows):
+            order = np.argsort(self.unit, kind="stable")
+            present, starts = np.unique(self.unit[order], return_index=True)
+            sums[present] = np.add.reduceat(rows[order], starts, axis=0)
         return sums / np.maximum(self.sizes, 1)[:, None]
+
+    def pieces(self, most: int = _PIECE) -> Iterator[Units]:
+        """These units in pieces of at most `most` records, or of one unit; a piece numbers its units from 0.
+
+        So that what is worked out of all records takes a bounded amount of memory.
+        """
+        if len(self.unit) <= most:
+            yield self
+            return
+        groups = [rows for rows in rows_by_unit(self.unit, self.count) if len(rows)]
+        ends = np.cumsum([len(rows) for rows in groups])
+        first = 0
+        while first < len(groups):
+            before = int(ends[first - 1]) if first else 0
+            last = max(first + 1, int(np.searchsorted(ends, before + most, side="right")))
+            rows = np.sort(np.concatenate(groups[first:last]))
+            _, unit = np.unique(self.unit[rows], return_inverse=True)
+            yield Units(
+                features=self.features[rows],
+                labels=self.labels[rows],
+                unit=unit.astype(np.int64),
+                count=last - first,
+            )
+            first = last
+
+    def only(self, chosen: NDArray[np.bool_]) -> Units:
+        """The records of some units: `chosen` [count]. Unit numbers stay as they are."""
+        rows = np.flatnonzero(chosen[self.unit])
+        return Units(features=self.features[rows], labels=self.labels[rows], unit=self.unit[rows], count=self.count)
 
 
 def bounded_units(
@@ -92,82 +135,19 @@ def bounded_units(
         )
         return replace(training, held=kept_out)
     distinct, unit = np.unique(names, return_inverse=True)
-    kept: list[int] = []
-    for index, rows_of in enumerate(_rows_by_unit(unit, len(distinct))):
-        kept.extend(_drawn(rows_of, key, str(distinct[index]), max_records))
-    rows = np.array(sorted(kept), dtype=np.int64)
+    groups = rows_by_unit(unit, len(distinct))
+    taking_part = [
+        rows if len(rows) <= max_records else _drawn(rows, key, str(name), max_records)
+        for rows, name in zip(groups, distinct, strict=True)
+    ]
+    rows = np.sort(np.concatenate([np.zeros(0, np.int64), *taking_part]))
     return Units(features=features[rows], labels=labels[rows], unit=unit[rows].astype(np.int64), count=len(distinct))
 
 
-def _drawn(rows: NDArray[np.int64], key: bytes, name: str, most: int) -> list[int]:
+def _drawn(rows: NDArray[np.int64], key: bytes, name: str, most: int) -> NDArray[np.int64]:
     """At most `most` rows of one unit, by hash of their place among the unit's own records, not in the table."""
 
     def rank(place: int) -> bytes:
         return hmac.new(key, f"{name}\0{place}".encode(), hashlib.sha256).digest()
 
-    return [int(rows[place]) for place in sorted(range(len(rows)), key=rank)[:most]]
-
-
-def _rows_by_unit(unit: NDArray[np.integer], count: int) -> list[NDArray[np.int64]]:
-    """Rows of each unit, in the table's order."""
-    order = np.argsort(unit, kind="stable")
-    ends = np.searchsorted(unit[order], np.arange(count + 1))
-    return [order[start:end].astype(np.int64) for start, end in itertools.pairwise(ends)]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeadBatch:
-    """What one step of a linear head reads, with all that does not change between steps.
-
-    Attributes:
-        inputs: head inputs, [n, d + 1].
-        labels: [n].
-        unit: [n].
-        count: number of units.
-        share: 1 / records of the record's unit, [n].
-        pairs: pairs of different records of one unit, i < j, [2, m].
-        dots: inner products of the pairs' inputs, [m].
-    """
-
-    inputs: NDArray[np.float64]
-    labels: NDArray[np.int64]
-    unit: NDArray[np.int64]
-    count: int
-    share: NDArray[np.float64]
-    pairs: NDArray[np.int64]
-    dots: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, units: Units, centre: NDArray[np.floating]) -> HeadBatch:
-        """Prepare units for a centre."""
-        inputs = head_inputs(units.features, centre)
-        pairs = _pairs(units.unit, units.count)
-        return cls(
-            inputs=inputs,
-            labels=units.labels,
-            unit=units.unit,
-            count=units.count,
-            share=1.0 / units.sizes[units.unit] if len(units.unit) else np.zeros(0),
-            pairs=pairs,
-            dots=np.einsum("md,md->m", inputs[pairs[0]], inputs[pairs[1]]),
-        )
-
-    def take(self, chosen: NDArray[np.bool_]) -> HeadBatch:
-        """The batch of some units only: `chosen` [count]. Unit numbers stay as they are."""
-        rows = chosen[self.unit]
-        position = np.cumsum(rows) - 1
-        kept = rows[self.pairs[0]]
-        return HeadBatch(
-            inputs=self.inputs[rows],
-            labels=self.labels[rows],
-            unit=self.unit[rows],
-            count=self.count,
-            share=self.share[rows],
-            pairs=position[self.pairs[:, kept]],
-            dots=self.dots[kept],
-        )
-
-
-def _pairs(unit: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    found = [pair for rows in _rows_by_unit(unit, count) for pair in itertools.combinations(rows.tolist(), 2)]
-    return np.array(found, dtype=np.int64).reshape(-1, 2).T
+    return rows[sorted(range(len(rows)), key=rank)[:most]]

@@ -37,8 +37,9 @@ def unit_rows(features: NDArray[np.floating]) -> NDArray[np.float64]:
     """Rows scaled to length 1; a zero row stays zero, a row that is not finite becomes zero. [n, d]"""
     rows = np.array(features, dtype=np.float64)
     rows[~np.isfinite(rows).all(axis=1)] = 0.0
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(norms > 0, norms, 1.0)
+    norms = np.sqrt(np.einsum("nd,nd->n", rows, rows))
+    rows /= np.where(norms > 0, norms, 1.0)[:, None]
+    return rows
 
 
 def head_inputs(features: NDArray[np.floating], centre: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -59,10 +60,10 @@ def head_inputs(features: NDArray[np.floating], centre: NDArray[np.floating]) ->
 
 def probabilities(weight: NDArray[np.floating], inputs: NDArray[np.float64]) -> NDArray[np.float64]:
     """Softmax of the head's logits, [n, classes]."""
-    logits = inputs @ weight.astype(np.float64).T
-    logits -= logits.max(axis=1, keepdims=True)
-    odds = np.exp(logits)
-    shares: NDArray[np.float64] = odds / odds.sum(axis=1, keepdims=True)
+    shares: NDArray[np.float64] = inputs @ weight.astype(np.float64, copy=False).T
+    shares -= shares.max(axis=1, keepdims=True)
+    np.exp(shares, out=shares)
+    shares /= shares.sum(axis=1, keepdims=True)
     return shares
 
 

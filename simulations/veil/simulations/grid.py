@@ -1,26 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Flower Grid that calls the ClientApp in this process: no Ray, no sockets, no serialisation.
 
-Promises the ServerApp what any Grid promises; each node keeps its own Context from round to round.
+Promises the ServerApp what any Grid promises; each node keeps its own Context from round to round, and as many nodes
+work at once as there are cores, each with one thread for its products.
 """
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+from threadpoolctl import ThreadpoolController
 
 RUN_ID = 1
 _FIRST_NODE = 2
 
 
 class InProcessGrid(Grid):
-    """`nodes` sites served by one ClientApp, one after the other.
+    """`nodes` sites served by one ClientApp, in one pool of threads.
 
     Args:
         client_app: what answers.
@@ -31,6 +35,7 @@ class InProcessGrid(Grid):
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = RUN_ID, 1, 1
         self._app = client_app
         self._replies: dict[str, Message] = {}
+        self._threads = ThreadpoolController()
         self._contexts = {
             _FIRST_NODE + index: Context(
                 run_id=RUN_ID,
@@ -67,13 +72,16 @@ class InProcessGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Deliver messages at once and keep the replies."""
-        ids = []
-        for message in messages:
+        waiting = list(messages)
+        for message in waiting:
             message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
-            context = self._contexts[message.metadata.dst_node_id]
-            self._replies[message.metadata.message_id] = self._app(message=message, context=context)
-            ids.append(message.metadata.message_id)
+        ids = [message.metadata.message_id for message in waiting]
+        with self._threads.limit(limits=1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
+            self._replies.update(zip(ids, pool.map(self._answer, waiting), strict=True))
         return ids
+
+    def _answer(self, message: Message) -> Message:
+        return self._app(message=message, context=self._contexts[message.metadata.dst_node_id])
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Hand the replies out, each once."""

@@ -11,8 +11,6 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-from veil.common.noise import box_muller
-
 
 class FixedNoise:
     """Repeatable noise: the same for the same seed, site and round, on every engine.
@@ -36,7 +34,7 @@ class FixedNoise:
 
     def gaussian(self, count: int) -> NDArray[np.float64]:
         """Standard normal numbers, [count]."""
-        return box_muller(self.uniform(3 * ((count + 1) // 2)))[:count]
+        return self._random.standard_normal(count)
 
 
 class NoNoise(FixedNoise):

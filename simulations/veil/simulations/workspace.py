@@ -11,7 +11,7 @@ import math
 import os
 from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from veil.client.examples import Examples
 from veil.client.holdout import held_out, identities
 from veil.client.ledger import Ledger
+from veil.client.lines import LineFile
 from veil.client.policy import Limits, SitePolicy
 from veil.client.site import Consent, Site
 from veil.client.units import Units, bounded_units
@@ -105,11 +106,17 @@ class Workspace:
 
 def close_workspaces() -> None:
     """Forget every opened site of this process, so that its folder can go."""
-    for cached in (_open, _records, _plan, _key):
+    for folder in _opened:
+        _lines(folder).close()
+    _opened.clear()
+    for cached in (_open, _records, _features, _plan, _key, _lines):
         cached.cache_clear()
 
 
-@lru_cache(maxsize=4096)
+_opened: set[Path] = set()
+
+
+@cache
 def _open(folder: Path, index: int) -> Site:
     records, plan = _records(folder), _plan(folder)
     name = str(records["sites"][index])
@@ -117,11 +124,11 @@ def _open(folder: Path, index: int) -> Site:
     units = _units(folder, plan, rows)
     return Site(
         policy=SitePolicy.model_construct(name=name, limits=_limits(plan)),
-        ledger=Ledger(folder / _LEDGER, name, _key(folder)),
+        ledger=Ledger(folder / _LEDGER, name, _key(folder), file=_lines(folder)),
         units=lambda _: units,
         noise=_RoundNoise(kind=_simulation(plan).noise, seed=plan.seed, site=name),
         consent=lambda job, plan: Consent.GIVEN,
-        backbones=_Features(),
+        backbones=_NoBackbones(),
         simulated=True,
     )
 
@@ -129,15 +136,34 @@ def _open(folder: Path, index: int) -> Site:
 def _units(folder: Path, plan: RunPlan, rows: NDArray[np.int64]) -> Units:
     records, evaluation = _records(folder), plan.evaluation
     key = records["key"].tobytes()
-    features = np.load(str(records["features"]), mmap_mode="r", allow_pickle=False)
     return bounded_units(
-        np.array(features[rows]),
+        _rows_of(_features(folder), rows),
         records["labels"][rows],
         records["units"][rows],
         max_records=plan.privacy.max_records_per_patient,
         key=key,
         held=held_out(records["identities"][rows], key, evaluation.holdout) if evaluation else None,
     )
+
+
+def _rows_of(features: NDArray[np.floating], rows: NDArray[np.int64]) -> NDArray[np.floating]:
+    """Some rows; those that follow one another are not copied."""
+    if len(rows) and rows[-1] - rows[0] == len(rows) - 1:
+        return features[rows[0] : rows[-1] + 1]
+    return features[rows]
+
+
+@lru_cache(maxsize=64)
+def _lines(folder: Path) -> LineFile:
+    """The one open file of all sites' ledgers."""
+    _opened.add(folder)
+    return LineFile(folder / _LEDGER, durable=False)
+
+
+@lru_cache(maxsize=64)
+def _features(folder: Path) -> NDArray[np.floating]:
+    features: NDArray[np.floating] = np.load(str(_records(folder)["features"]), mmap_mode="r", allow_pickle=False)
+    return features
 
 
 @lru_cache(maxsize=64)
@@ -175,7 +201,7 @@ def _limits(plan: RunPlan) -> Limits:
     )
 
 
-class _Features:
+class _NoBackbones:
     """The backbones of a simulated site: its features are there already, so it never needs one."""
 
     def has(self, backbone: Backbone) -> bool:

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one step of a linear head reads: records ready for two matrix products, in memory or a block at a time.
+
+Promises that no block divides a unit, that the sum over blocks is the sum over all, and that the batches that a process
+keeps from step to step take a bounded amount of memory together, however many sites and records there are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from veil.common.head import head_inputs
+
+ROOM_BYTES = 2**30
+"""What all kept batches of a process take together, at most."""
+
+_BLOCK_BYTES = 2**26
+"""What a block takes that is made anew for every step, where there is no room to keep it."""
+
+_ROWS_AT_ONCE = 2048
+"""Rows made ready in one piece: what lies between features and inputs stays small."""
+
+
+class Grouped(Protocol):
+    """Records grouped by unit: see `veil.client.units.Units`."""
+
+    @property
+    def features(self) -> NDArray[np.floating]:
+        """[n, d]"""
+        ...
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """[n]"""
+        ...
+
+    @property
+    def unit(self) -> NDArray[np.int64]:
+        """[n]"""
+        ...
+
+    @property
+    def count(self) -> int:
+        """Number of units."""
+        ...
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Records of each unit, [count]."""
+        ...
+
+    def pieces(self, most: int) -> Iterator[Grouped]:
+        """The same units in pieces of at most so many records, each with numbers of its own for its units."""
+        ...
+
+    def only(self, chosen: NDArray[np.bool_]) -> Grouped:
+        """The records of some units only."""
+        ...
+
+
+class Batch(Protocol):
+    """The units that one step reads."""
+
+    @property
+    def count(self) -> int:
+        """Number of units, those without a record in the batch among them."""
+        ...
+
+    def blocks(self) -> Iterator[HeadBatch]:
+        """Its records, no unit in two blocks."""
+        ...
+
+    def take(self, chosen: NDArray[np.bool_]) -> Batch:
+        """The batch of some units only: `chosen` [count]. Unit numbers stay as they are."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False, weakref_slot=True)
+class HeadBatch:
+    """A batch in memory, with all that does not change between steps.
+
+    Attributes:
+        inputs: head inputs, [n, d + 1].
+        labels: [n].
+        unit: [n].
+        count: number of units.
+        share: 1 / records of the record's unit, [n].
+        pairs: pairs of different records of one unit, i < j, [2, m].
+        dots: inner products of the pairs' inputs, [m].
+        squares: squared length of each input, [n].
+    """
+
+    inputs: NDArray[np.float64]
+    labels: NDArray[np.int64]
+    unit: NDArray[np.int64]
+    count: int
+    share: NDArray[np.float64]
+    pairs: NDArray[np.int64]
+    dots: NDArray[np.float64]
+    squares: NDArray[np.float64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "squares", np.einsum("nd,nd->n", self.inputs, self.inputs))
+
+    @classmethod
+    def of(cls, units: Grouped, centre: NDArray[np.floating]) -> HeadBatch:
+        """Prepare units for a centre [d]."""
+        inputs, pairs = _inputs(units.features, centre), _pairs(units.unit, units.count)
+        return cls(
+            inputs=inputs,
+            labels=units.labels,
+            unit=units.unit,
+            count=units.count,
+            share=1.0 / units.sizes[units.unit] if len(units.unit) else np.zeros(0),
+            pairs=pairs,
+            dots=np.einsum("md,md->m", inputs[pairs[0]], inputs[pairs[1]]),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Memory it takes."""
+        return sum(part.nbytes for part in (self.inputs, self.labels, self.unit, self.share, self.pairs, self.dots))
+
+    def blocks(self) -> Iterator[HeadBatch]:
+        """Itself."""
+        yield self
+
+    def take(self, chosen: NDArray[np.bool_]) -> HeadBatch:
+        """The batch of some units only: `chosen` [count]. Unit numbers stay as they are."""
+        rows = np.flatnonzero(chosen[self.unit])
+        pairs, dots = self.pairs, self.dots
+        if pairs.shape[1]:
+            kept = chosen[self.unit[pairs[0]]]
+            pairs, dots = np.searchsorted(rows, pairs[:, kept]), dots[kept]
+        return HeadBatch(
+            inputs=self.inputs[rows],
+            labels=self.labels[rows],
+            unit=self.unit[rows],
+            count=self.count,
+            share=self.share[rows],
+            pairs=pairs,
+            dots=dots,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class HeadStream:
+    """A batch too large to keep: its blocks are prepared from the features anew for every step.
+
+    Attributes:
+        units: all of them, perhaps with memory-mapped features.
+        centre: [d].
+        most: records of a block that holds more than one unit.
+    """
+
+    units: Grouped
+    centre: NDArray[np.floating]
+    most: int
+
+    @property
+    def count(self) -> int:
+        """Number of units."""
+        return self.units.count
+
+    def blocks(self) -> Iterator[HeadBatch]:
+        """Its records, no unit in two blocks; a block numbers its own units."""
+        for piece in self.units.pieces(self.most):
+            yield HeadBatch.of(piece, self.centre)
+
+    def take(self, chosen: NDArray[np.bool_]) -> HeadStream:
+        """The batch of some units only: `chosen` [count]. Unit numbers stay as they are."""
+        return HeadStream(units=self.units.only(chosen), centre=self.centre, most=self.most)
+
+
+def head_batch(units: Grouped, centre: NDArray[np.floating], classes: int) -> HeadBatch | HeadStream:
+    """The batch of all units: in memory where one step's numbers fit, streamed where they do not.
+
+    Args:
+        units: all of them.
+        centre: [d].
+        classes: rows of the head's weight, of which a step needs three numbers a record each.
+    """
+    row_bytes = 8 * (units.features.shape[1] + 1 + 3 * classes)
+    if row_bytes * len(units.unit) <= ROOM_BYTES:
+        return HeadBatch.of(units, centre)
+    return HeadStream(units=units, centre=centre, most=max(1, _BLOCK_BYTES // row_bytes))
+
+
+class Kept:
+    """The last batch of some units, if there was room for it."""
+
+    def __init__(self) -> None:
+        self._key = b""
+        self._batch: Batch | None = None
+
+    def get(self, key: bytes) -> Batch | None:
+        """The batch put last, if it was put under this key."""
+        kept = self._batch
+        return kept if self._key == key else None
+
+    def put(self, key: bytes, batch: HeadBatch | HeadStream) -> None:
+        """Keep a batch in the place of the last one, where there is room."""
+        self._key, self._batch = b"", None
+        if isinstance(batch, HeadStream) or _ROOM.admit(batch):
+            self._key, self._batch = key, batch
+
+
+class _Room:
+    """Memory for kept batches, given back when a batch goes."""
+
+    def __init__(self) -> None:
+        self._taken, self._mutex = 0, threading.Lock()
+
+    def admit(self, batch: HeadBatch) -> bool:
+        """Take a batch's bytes, until it goes; False where they are not free."""
+        size = batch.nbytes
+        with self._mutex:
+            if self._taken + size > ROOM_BYTES:
+                return False
+            self._taken += size
+        weakref.finalize(batch, self._give_back, size)
+        return True
+
+    def _give_back(self, size: int) -> None:
+        self._taken -= size
+
+
+_ROOM = _Room()
+
+
+def rows_by_unit(unit: NDArray[np.integer], count: int) -> list[NDArray[np.int64]]:
+    """Rows of each unit, in the table's order."""
+    order = np.argsort(unit, kind="stable").astype(np.int64)
+    ends = np.searchsorted(unit[order], np.arange(count + 1))
+    return [order[start:end] for start, end in itertools.pairwise(ends)]
+
+
+def _inputs(features: NDArray[np.floating], centre: NDArray[np.floating]) -> NDArray[np.float64]:
+    inputs = np.empty((len(features), features.shape[1] + 1))
+    for start in range(0, len(features), _ROWS_AT_ONCE):
+        piece = slice(start, start + _ROWS_AT_ONCE)
+        inputs[piece] = head_inputs(features[piece], centre)
+    return inputs
+
+
+def _pairs(unit: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    if len(unit) == 0 or np.bincount(unit).max() < 2:
+        return np.zeros((2, 0), np.int64)
+    found = [pair for rows in rows_by_unit(unit, count) for pair in itertools.combinations(rows.tolist(), 2)]
+    return np.array(found, dtype=np.int64).reshape(-1, 2).T

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opacus' per-sample gradients of a linear head, the reference that the closed form is held against.
+
+Promises that nothing of the closed form enters: the module, its hooks and its clipping are torch's and Opacus'.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from opacus import GradSampleModule
+from torch.nn.functional import cross_entropy
+
+from veil.client.units import Units
+from veil.common.head import head_inputs
+
+
+def opacus_clipped_sum(
+    weight: NDArray[np.float64], units: Units, centre: NDArray[np.floating], bound: float
+) -> NDArray[np.float64]:
+    """Sum over units of the clipped mean of their records' gradients, each materialised by Opacus' hooks.
+
+    Args:
+        weight: [classes, d + 1].
+        units: the records; takes classes · (d + 1) numbers of memory for each.
+        centre: [d].
+        bound: L2 bound of one unit's gradient.
+
+    Returns:
+        [classes, d + 1], float64.
+    """
+    head = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False).double()
+    with torch.no_grad():
+        head.weight.copy_(torch.from_numpy(weight))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Opacus' own, about torch's hooks
+        hooked = GradSampleModule(head, loss_reduction="sum")
+        outputs = hooked(torch.from_numpy(head_inputs(units.features, centre)))
+        cross_entropy(outputs, torch.from_numpy(units.labels), reduction="sum").backward()
+    records = hooked._module.weight.grad_sample.detach()
+    means = torch.zeros(units.count, *weight.shape, dtype=torch.float64)
+    means.index_add_(0, torch.from_numpy(units.unit), records)
+    means /= torch.from_numpy(np.maximum(units.sizes, 1))[:, None, None]
+    factors = (bound / means.flatten(1).norm(dim=1).clamp(min=1e-300)).clamp(max=1.0)
+    total: NDArray[np.float64] = (factors[:, None, None] * means).sum(0).numpy()
+    return total
