@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -521,15 +522,25 @@ def test_an_installed_package_needs_no_delivery(open_store: OpenStore, tmp_path:
     assert not (tmp_path / "site").exists()
 
 
-def test_what_is_found_is_loaded(open_store: OpenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_found_is_loaded_when_it_is_needed(
+    open_store: OpenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given: list[object] = []
-    monkeypatch.setattr(
-        "veil.common.backbone.load_backbone", lambda backbone, task, *, base: given.extend((backbone, task, base))
-    )
+
+    def load(*words: object, **named: object) -> SimpleNamespace:
+        given.extend((*words, named))
+        return SimpleNamespace(width=3)
+
+    monkeypatch.setattr("veil.common.backbone.load_backbone", load)
     folder = lay(tmp_path / "mirror")
     sha256 = hashlib.sha256(CONTENT[WEIGHTS_NAME]).hexdigest()
     task = Task(kind="text-classification", labels=("a", "b"))
-    open_store(mirror=tmp_path / "mirror").find_backbone(Backbone(source="path:x", sha256=sha256), task)
-    assert given == [Backbone(source=f"path:{folder}", sha256=sha256), task, Path("/")]
+    store = open_store(mirror=tmp_path / "mirror", device="cpu")
+    found = store.find_backbone(Backbone(source="path:x", sha256=sha256), task)
+    assert given == []
+    assert found.width == 3
+    files = fingerprint(f"path:{folder}", base=Path()).files_sha256
+    pinned = Backbone(source=f"path:{folder}", sha256=sha256, files_sha256=files)
+    assert given == [pinned, task, {"base": Path(), "device": "cpu"}]
     with pytest.raises(WeightsError, match="on this machine"):
         open_store().find_backbone(Backbone(source="path:x", sha256=sha256), task)

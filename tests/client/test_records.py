@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import stat
 from collections.abc import Callable, Sequence
@@ -15,9 +16,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from veil.client.records import SiteRecords, look
+from veil.client.records import LoggedProgress, SiteRecords, look
 from veil.client.site_file import SiteFile, parse_site
-from veil.common.errors import InputError, RefusalCode, RefusalError, TableError, WeightsError
+from veil.common.errors import InputError, RefusalCode, RefusalError, RunError, TableError, WeightsError
 from veil.common.plan import Backbone, Evaluation, RunPlan, Task, Training
 
 TEXTS = ["cough", "fever", "no fever", "well", "cough", "none"]
@@ -31,6 +32,7 @@ class FakeEncoder:
 
     sha256 = SHA256
     preprocessing = "fake"
+    width = 2
 
     def __init__(self) -> None:
         self.read = 0
@@ -161,7 +163,7 @@ def test_the_table_is_read_once_per_plan_and_the_backbone_loaded_once(
     write_table(tmp_path)
     assert records(plan(target_delta=1e-6)) is not first
     assert len(store.found) == 1
-    assert store.encoder.read == len(TEXTS)
+    assert store.encoder.read == len(set(TEXTS))
 
 
 @pytest.mark.parametrize("change", [{"sha256": OTHER}, {"files_sha256": OTHER}])
@@ -368,3 +370,24 @@ def test_an_image_that_cannot_be_read_counts_as_zero(make_file: MakeFile, tmp_pa
     units = SiteRecords(make_file(), store.find_backbone)(plan())
     assert not units.features[1].any()
     assert units.features[0].any()
+
+
+def test_progress_is_logged_every_ten_seconds(caplog: pytest.LogCaptureFixture) -> None:
+    now = iter([0.0, 4.0, 9.0, 12.0, 13.0])
+    caplog.set_level(logging.INFO)
+    progress = LoggedProgress(100, clock=lambda: next(now))
+    for done in (40, 5, 5, 20, 1):
+        progress.advance(done)
+    assert caplog.messages == ["features of 40 of 100 records are kept", "features of 70 of 100 records, 2.5 a second"]
+
+
+def test_the_owner_says_how_much_is_kept_and_how(make_file: MakeFile, store: FakeStore) -> None:
+    file = make_file()
+    agent = file.agent.model_copy(update={"cache_precision": "float16", "cache_max_gb": 1e-7})
+    with pytest.raises(RunError, match="cache_max_gb = 1e-07"):
+        SiteRecords(file.model_copy(update={"agent": agent}), store.find_backbone)(plan())
+    assert store.encoder.read == 0
+    agent = agent.model_copy(update={"cache_max_gb": 1.0})
+    SiteRecords(file.model_copy(update={"agent": agent}), store.find_backbone)(plan())
+    (rows,) = agent.cache.glob("*/rows.bin")
+    assert rows.stat().st_size == len(set(TEXTS)) * 8

@@ -15,6 +15,8 @@ from safetensors import safe_open
 
 from veil.simulations.cli import run_command
 from veil.simulations.demo import demo_plan
+from veil.simulations.screen import Screen
+from veil.simulations.simulate import simulate
 
 README = Path(__file__).parents[2] / "README.md"
 NOTES = (
@@ -45,6 +47,25 @@ def test_together_is_better_than_alone(run: Path) -> None:
     metrics = json.loads((run / "report.json").read_text(encoding="utf-8"))["metrics"]
     assert metrics["federated"]["accuracy"] > metrics["local_only"]["accuracy"] + 0.03
     assert metrics["federated"]["accuracy"] > 0.68
+
+
+def test_a_second_run_touches_no_backbone(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row is there; the model folder is the pinned files, which need no loading either."""
+
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("the backbone was loaded")
+
+    monkeypatch.setattr("veil.common.backbone.load_backbone", load)
+    plan = demo_plan()
+    assert plan.simulation is not None
+    short = {
+        "simulation": plan.simulation.model_copy(update={"baselines": ()}),
+        "training": plan.training.model_copy(update={"rounds": 1}),
+    }
+    with Screen(quiet=True) as screen:
+        simulate(plan.model_copy(update=short), base=Path(), output=tmp_path / "run", progress=screen)
+    weights = Path("model") / "model.safetensors"
+    assert (tmp_path / "run" / weights).read_bytes() == (run / weights).read_bytes()
 
 
 def test_the_model_folder_is_hugging_faces_without_pickles(run: Path) -> None:

@@ -15,16 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from veil.common.delivery import MAX_BYTES, Chunk, Manifest, Position, Progress, Standing, shelved
 from veil.common.durable import sync_folder, write_new
 from veil.common.errors import RefusalCode, RefusalError, WeightsError
-from veil.common.plan import Backbone, Task
+from veil.common.lazy_backbone import LazyBackbone, find_backbone
+from veil.common.plan import Backbone, Device, Task
 from veil.common.weights import as_safetensors, locate
-
-if TYPE_CHECKING:
-    from veil.common.backbone import FrozenBackbone
 
 RESERVE_BYTES: Final = 256 << 20
 """Bytes of the disk that a delivery leaves free: the site's ledger may lie on the same disk."""
@@ -48,6 +46,7 @@ class BackboneStore:
         mirror: the operator's own folder of backbones, by preference `SHA256/` each; None when there is none.
         accept: whether a coordinator may deliver one.
         max_bytes: most bytes of one that may be delivered.
+        device: where features are computed.
         free: says how many bytes are free where a folder lies.
     """
 
@@ -58,11 +57,12 @@ class BackboneStore:
         mirror: Path | None,
         accept: bool,
         max_bytes: int = MAX_BYTES,
+        device: Device = "auto",
         free: Callable[[Path], int] = free_bytes,
     ) -> None:
         self._folder = folder.resolve()
         self._mirror = None if mirror is None else mirror.resolve()
-        self._accept, self._max_bytes, self._free = accept, max_bytes, free
+        self._accept, self._max_bytes, self._device, self._free = accept, max_bytes, device, free
         self._open: dict[str, _Partial] = {}
         self._lock = threading.RLock()
 
@@ -96,15 +96,14 @@ class BackboneStore:
             return False
         return True
 
-    def find_backbone(self, backbone: Backbone, task: Task) -> FrozenBackbone:
-        """Find and load it.
+    def find_backbone(self, backbone: Backbone, task: Task) -> LazyBackbone:
+        """Find it; it is loaded when the first record needs it.
 
         Raises:
-            WeightsError: when it is nowhere, or does not fit the task.
+            WeightsError: when it is nowhere.
+            InputError: a GPU is asked for that torch does not have.
         """
-        from veil.common.backbone import load_backbone  # brings torch, which finding alone does not need
-
-        return load_backbone(self.find(backbone), task, base=_ANYWHERE)
+        return find_backbone(self.find(backbone), task, base=_ANYWHERE, device=self._device)
 
     def begin(self, manifest: Manifest, backbone: Backbone) -> Progress:
         """Prepare for a delivery, or go on with one that was cut off.

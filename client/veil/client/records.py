@@ -2,7 +2,7 @@
 """A deployed site's records, from the table its site.toml names to the units that a plan trains on.
 
 Promises that a plan whose task or labels do not fit the site's columns is refused before anything is computed, and
-that a persistent agent reads the table once per plan and loads a backbone once.
+that a persistent agent reads the table once per plan and loads a backbone at most once.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from veil.client.examples import Examples, named_columns, read_examples, read_table
@@ -31,15 +32,19 @@ from veil.common.durable import sync_folder, write_new
 from veil.common.errors import InputError, RefusalCode, RefusalError, TableError
 from veil.common.plan import Backbone, RunPlan, Task
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 _KEY_BYTES = 32
 _PLANS_KEPT = 4
 _CELLS_SHOWN = 3
+_TOLD_EVERY_S = 10.0
 
 _log = logging.getLogger(__name__)
 
 
 FindBackbone = Callable[[Backbone, Task], Encoder]
-"""Loads the pinned weights for a task, or raises `WeightsError`; see `BackboneStore.find_backbone`."""
+"""Finds the pinned weights for a task, or raises `WeightsError`; see `BackboneStore.find_backbone`."""
 
 
 class SiteRecords:
@@ -47,7 +52,7 @@ class SiteRecords:
 
     Args:
         site: the operator's file.
-        find_backbone: loads the pinned weights.
+        find_backbone: finds the pinned weights.
     """
 
     def __init__(self, site: SiteFile, find_backbone: FindBackbone) -> None:
@@ -83,8 +88,16 @@ class SiteRecords:
     def _features(self, plan: RunPlan, examples: Examples) -> NDArray[np.floating]:
         if plan.backbone is None or isinstance(examples.inputs, np.ndarray):
             return np.asarray(examples.inputs, dtype=np.float64)
-        encoder = self._encoder(plan.backbone, plan.task)
-        return cached_features(encoder, examples.inputs, self._site.agent.state / "cache", unreadable=_note_unreadable)
+        agent = self._site.agent
+        return cached_features(
+            self._encoder(plan.backbone, plan.task),
+            examples.inputs,
+            agent.cache,
+            precision=agent.cache_precision,
+            max_bytes=agent.cache_max_gb * 1e9,
+            advance=LoggedProgress(len(examples)).advance,
+            unreadable=_note_unreadable,
+        )
 
     def _encoder(self, backbone: Backbone, task: Task) -> Encoder:
         """The last one stays in memory; it also depends on how the task reads a record."""
@@ -93,6 +106,36 @@ class SiteRecords:
             self._loaded = None
             self._loaded = wanted, self._find_backbone(backbone, task)
         return self._loaded[1]
+
+
+class LoggedProgress:
+    """How far the features are, in the site's own log and nowhere else.
+
+    Args:
+        total: number of records.
+        clock: seconds since some moment.
+    """
+
+    def __init__(self, total: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._total, self._clock = total, clock
+        self._done = 0
+        self._told: tuple[float, int] | None = None
+
+    def advance(self, done: int) -> None:
+        """Note that more records are done; the first call is of those that were kept.
+
+        Args:
+            done: number of records done since the last call.
+        """
+        self._done += done
+        now = self._clock()
+        if self._told is None:
+            _log.info("features of %d of %d records are kept", self._done, self._total)
+            self._told = now, self._done
+        elif (seconds := now - self._told[0]) >= _TOLD_EVERY_S:
+            rate = (self._done - self._told[1]) / seconds
+            _log.info("features of %d of %d records, %.1f a second", self._done, self._total, rate)
+            self._told = now, self._done
 
 
 def _note_unreadable(place: int, error: TableError) -> None:

@@ -17,8 +17,11 @@ from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, Valida
 from veil.client.database import Query, masked, parse_url, require_select, shown_url
 from veil.client.policy import Limits, SitePolicy
 from veil.common.errors import InputError
-from veil.common.plan import Columns, Section, plan_error, read_toml
+from veil.common.plan import CachePrecision, Columns, Device, Section, plan_error, read_toml
 from veil.common.privacy import PrivacyUnit
+
+SITE_FILE = "site.toml"
+"""The site's file within its folder."""
 
 
 def _beside_the_file(path: Path, info: ValidationInfo) -> Path:
@@ -123,6 +126,15 @@ class Agent(Section):
     mirror: LocalPath | None = Field(
         default=None, description="folder of weights, searched before the coordinator is asked for them"
     )
+    cache_precision: CachePrecision = Field(
+        default="float32", description="how features are kept on disk: float32, or float16 scaled by row, half as large"
+    )
+    cache_max_gb: float = Field(
+        default=20.0, gt=0, description="gigabytes that all kept features may take; a run that needs more is stopped"
+    )
+    device: Device = Field(
+        default="auto", description="where features are computed: auto (cuda where torch has one), cpu or cuda"
+    )
 
     @property
     def ledger(self) -> Path:
@@ -138,6 +150,11 @@ class Agent(Section):
     def backbones(self) -> Path:
         """Folder of received backbones."""
         return self.state / "backbones"
+
+    @property
+    def cache(self) -> Path:
+        """Folder of kept features."""
+        return self.state / "cache"
 
     @property
     def status(self) -> Path:

@@ -8,14 +8,13 @@ that trains, moves its statistics or would start with random layers is refused.
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -31,10 +30,9 @@ from veil.common.preprocessing import (
     ModelInput,
     Reader,
     TextReader,
-    canonical,
     read_json,
 )
-from veil.common.weights import COMPANIONS, WEIGHTS_NAME, PinnedWeights, locate, sha256_of
+from veil.common.weights import COMPANIONS, PinnedWeights, locate
 
 _WINDOW = 64
 """Records that are in memory at once as model inputs."""
@@ -46,7 +44,6 @@ class FrozenBackbone:
     Attributes:
         width: features per record.
         modality: what `encode` takes.
-        preprocessing: canonical JSON of all that decides features besides the weights and library versions.
         sha256: the pinned hash of the weights the plan names.
 
     Guarantees:
@@ -54,12 +51,19 @@ class FrozenBackbone:
         - no module is in train mode, and no buffer changes, while features are computed
     """
 
-    def __init__(self, model: nn.Module, reader: Reader, pooling: _Pooling, files: PinnedWeights, sha256: str) -> None:
-        self._model, self._reader, self._pooling, self._files = model, reader, pooling, files
+    def __init__(
+        self,
+        model: nn.Module,
+        reader: Reader,
+        pooling: _Pooling,
+        sha256: str,
+        device: Literal["cpu", "cuda"],
+    ) -> None:
+        self._model, self._reader, self._pooling = model.to(device), reader, pooling
+        self._device = device
         self._buffers: ModelInput | None = {name: one.clone() for name, one in model.named_buffers()}
         self.width: int = pooling.width
         self.modality: Modality = reader.modality
-        self.preprocessing: str = canonical({**reader.facts, "pooling": pooling.name, "at_once": 1})
         self.sha256: str = sha256
 
     def encode(
@@ -116,30 +120,9 @@ class FrozenBackbone:
         if record is None:
             return np.zeros(self.width, dtype=np.float32)
         with torch.inference_mode():
-            row: Features = self._pooling.pool(self._model(**record), record).numpy()[0]
+            there = {name: one.to(self._device) for name, one in record.items()}
+            row: Features = self._pooling.pool(self._model(**there), there).cpu().numpy()[0]
         return row
-
-    def save(self, folder: Path) -> None:
-        """Write the model to `folder` as transformers reads it: the loaded files themselves, byte for byte.
-
-        Raises:
-            WeightsError: the weights on disk are no longer the loaded ones.
-            RunError: the folder cannot be written.
-        """
-        beside = [name for name in COMPANIONS if (self._files.folder / name).is_file()]
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self._files.weights_file, folder / WEIGHTS_NAME)
-            for name in beside:
-                shutil.copyfile(self._files.folder / name, folder / name)
-        except OSError as error:
-            raise RunError(f"{folder}: {error}", "a writable folder", "choose another folder") from None
-        if (found := sha256_of(folder / WEIGHTS_NAME)) != self._files.sha256:
-            raise WeightsError(
-                f"{self._files.weights_file} changed after it was loaded, to SHA-256 {found}",
-                f"SHA-256 {self._files.sha256}",
-                "obtain the pinned file again",
-            )
 
     def _refuse_training(self) -> None:
         for name, module in self._model.named_modules():
@@ -156,13 +139,16 @@ class FrozenBackbone:
         self._buffers = None
 
 
-def load_backbone(backbone: Backbone, task: Task, *, base: Path) -> FrozenBackbone:
+def load_backbone(
+    backbone: Backbone, task: Task, *, base: Path, device: Literal["cpu", "cuda"] = "cpu"
+) -> FrozenBackbone:
     """Load a plan's pretrained model for its task.
 
     Args:
         backbone: source and hash.
         task: kind, and `max_length` (tokens) or `image_size` (pixels).
         base: folder that a relative `path:` source starts from.
+        device: where features are computed; see `veil.common.lazy_backbone.chosen_device`.
 
     Raises:
         WeightsError: the weights are missing, not the pinned ones, damaged, ask for code of their own, or do
@@ -179,14 +165,13 @@ def load_backbone(backbone: Backbone, task: Task, *, base: Path) -> FrozenBackbo
         )
         model, lacking = _model(files)
         pooling = _pooling(model, reader, lacking)
-    return FrozenBackbone(model, reader, pooling, files, backbone.sha256)
+    return FrozenBackbone(model, reader, pooling, backbone.sha256, device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Pooling:
     """How a model's output becomes one row per record, and how wide the row is."""
 
-    name: str
     width: int
     pool: Callable[[Any, ModelInput], Tensor]
 
@@ -197,15 +182,15 @@ def _pooling(model: nn.Module, reader: Reader, lacking: set[str]) -> _Pooling:
     with torch.inference_mode():
         output = model(**batch)
     if reader.modality == "text":
-        name, pool = "masked-mean", _masked_mean
+        pool = _masked_mean
     elif getattr(output, "pooler_output", None) is not None and not lacking:
-        name, pool = "pooler", _pooler
+        pool = _pooler
     else:
-        name, pool = "mean", _mean
+        pool = _mean
     row = pool(output, batch)
     if row.ndim != 2 or not row.isfinite().all():
         raise ValueError(f"features of shape {list(row.shape)} that are not one finite row per record")
-    return _Pooling(name=name, width=row.shape[1], pool=pool)
+    return _Pooling(width=row.shape[1], pool=pool)
 
 
 def _masked_mean(output: Any, batch: ModelInput) -> Tensor:

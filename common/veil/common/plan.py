@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
+from collections.abc import Mapping
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -19,6 +21,8 @@ from veil.common.privacy import PrivacyBudget, PrivacyUnit
 
 Algorithm = Literal["dp-fedsgd", "dp-fedavg"]
 Baseline = Literal["local_only", "centralized_dp", "non_private"]
+CachePrecision = Literal["float32", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,79}$")]
 
 
@@ -129,6 +133,12 @@ class Cohort(Section):
     """Who takes part in a round."""
 
     min_sites: int = Field(default=2, ge=1, le=100_000, description="a round with fewer usable replies ends the run")
+    sites_per_round: int | None = Field(
+        default=None,
+        ge=1,
+        description="training rounds: how many sites are asked, drawn anew each round by the public seed; "
+        "without it, all",
+    )
     round_timeout_s: float = Field(default=600.0, gt=0, description="seconds a site has to reply")
     nominal_units: int | None = Field(
         default=None,
@@ -152,6 +162,15 @@ class Cohort(Section):
     )
 
     @model_validator(mode="after")
+    def _enough(self) -> Self:
+        if self.sites_per_round is not None and self.sites_per_round < self.min_sites:
+            raise ValueError(
+                f"sites_per_round = {self.sites_per_round} with min_sites = {self.min_sites}; ask at least as many "
+                "sites as a round needs"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _robust(self) -> Self:
         needed = {"median": 3, "trimmed-mean": 2 * self.malicious_sites + 1, "krum": 2 * self.malicious_sites + 3}
         if self.min_sites < needed.get(self.aggregation, 1):
@@ -169,6 +188,17 @@ class Evaluation(Section):
         default=0.2, gt=0, le=0.5, description="part of each site's units that never train; the site draws them"
     )
     share: float = Field(default=0.05, gt=0, le=0.5, description="part of the run's μ² that the evaluation may use")
+
+
+class Wire(Section):
+    """How wide the numbers are that travel in training rounds; what is sent once a run travels at 32 bits."""
+
+    update_bits: Literal[8, 16, 32] = Field(
+        default=32, description="integers of an update: 32, 16 or 8; noised numbers are rounded, at no cost in ε"
+    )
+    adapter_bits: Literal[16, 32] = Field(
+        default=32, description="floating point of the adapter: 32 or 16; the coordinator keeps its own exact one"
+    )
 
 
 class Columns(Section):
@@ -231,6 +261,12 @@ class Simulation(Columns):
     allow_single_class_sites: bool = Field(
         default=False, description="run although a site holds records of one class only"
     )
+    cache_precision: CachePrecision = Field(
+        default="float32", description="how features are kept on disk: float32, or float16 scaled by row, half as large"
+    )
+    device: Device = Field(
+        default="auto", description="where features are computed: auto (cuda where torch has one), cpu or cuda"
+    )
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:
@@ -253,6 +289,7 @@ class RunPlan(Section):
     privacy: Privacy
     cohort: Cohort = Cohort()
     evaluation: Evaluation | None = None
+    wire: Wire = Wire()
     simulation: Simulation | None = None
 
     @model_validator(mode="before")
@@ -295,13 +332,25 @@ class RunPlan(Section):
 
     def public(self) -> RunPlan:
         """The plan as sites receive it: without the simulation's table."""
-        return self.model_copy(update={"simulation": None})
+        return self if self.simulation is None else self.model_copy(update={"simulation": None})
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A plan with other values in some places; what was worked out of this one stays behind."""
+        copy = super().model_copy(update=update, deep=deep)
+        for name in ("canonical", "sha256"):
+            copy.__dict__.pop(name, None)
+        return copy
 
     def to_json(self) -> str:
         """Canonical JSON, the form that travels and is hashed."""
+        return self.canonical
+
+    @cached_property
+    def canonical(self) -> str:
+        """What `to_json` gives; asked for several times in every round of every site."""
         return json.dumps(self.model_dump(mode="json", exclude_none=True), sort_keys=True, separators=(",", ":"))
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """SHA-256 of the public part's canonical JSON, as hex."""
         return hashlib.sha256(self.public().to_json().encode()).hexdigest()
@@ -313,10 +362,15 @@ class RunPlan(Section):
         Raises:
             PlanError: when it is not a plan.
         """
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            raise plan_error("plan", error) from None
+        return _parsed(text)
+
+
+@lru_cache(maxsize=16)
+def _parsed(text: str) -> RunPlan:
+    try:
+        return RunPlan.model_validate_json(text)
+    except ValidationError as error:
+        raise plan_error("plan", error) from None
 
 
 def plan_error(where: str, error: ValidationError) -> PlanError:

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Records to model inputs: texts to token ids, image files to pixels.
 
-Promises that `facts` names everything the inputs depend on, so that a cache keyed by it is never stale.
+Promises that a model input depends on the record, the folder's files and the task's max_length or image_size alone.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from pathlib import Path
@@ -19,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from veil.common.errors import TableError
-from veil.common.weights import COMPANIONS, sha256_of
+from veil.common.weights import COMPANIONS
 
 Modality = Literal["text", "image"]
 Features = npt.NDArray[np.float32]
@@ -37,15 +36,13 @@ _VOCABULARIES: Final = frozenset(
         "tokenizer.model",
     }
 )
-_VOLATILE_KEYS: Final = frozenset({"transformers_version", "_name_or_path"})
 _DEEP_IMAGE_MODES: Final = frozenset({"F", "I", "I;16", "I;16L", "I;16B", "I;16N"})
 
 
 class Reader(Protocol):
-    """Turns records into what a model takes; `facts` says how, completely."""
+    """Turns records into what a model takes."""
 
     modality: Modality
-    facts: dict[str, Any]
 
     def read(self, record: Any) -> ModelInput:
         """One record as the model takes it.
@@ -73,12 +70,6 @@ class TextReader:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self._max_length = max_length
         self._padding = int(self._tokenizer.pad_token_id or 0)
-        self.facts = {
-            "modality": self.modality,
-            "max_length": max_length,
-            "config": _config_digest(folder),
-            "tokenizer": _digest({name: sha256_of(folder / name) for name in names}),
-        }
 
     def read(self, record: str) -> ModelInput:
         """A text's tokens."""
@@ -113,16 +104,6 @@ class ImageReader:
         self._std = np.asarray(told["image_std"] if normalise else [1, 1, 1], np.float32)
         if self._mean.shape != (3,) or self._std.shape != (3,) or not (self._std > 0).all():
             raise ValueError("image_mean and image_std must be three numbers each, image_std above 0")
-        self.facts = {
-            "modality": self.modality,
-            "image_size": image_size,
-            "colours": "RGB",
-            "resample": "bilinear",
-            "rescale_factor": self._factor,
-            "mean": self._mean.tolist(),
-            "std": self._std.tolist(),
-            "config": _config_digest(folder),
-        }
 
     def read(self, record: Path) -> ModelInput:
         """An image's pixels."""
@@ -153,20 +134,6 @@ class ImageReader:
     def _scaled(self, colours: Features) -> ModelInput:
         pixels = (colours * np.float32(self._factor) - self._mean) / self._std
         return {"pixel_values": torch.from_numpy(pixels).permute(0, 3, 1, 2)}
-
-
-def _config_digest(folder: Path) -> str:
-    config = read_json(folder / "config.json")
-    return _digest({key: value for key, value in config.items() if key not in _VOLATILE_KEYS})
-
-
-def _digest(document: dict[str, Any]) -> str:
-    return hashlib.sha256(canonical(document).encode()).hexdigest()
-
-
-def canonical(document: dict[str, Any]) -> str:
-    """JSON with one form for one content."""
-    return json.dumps(document, sort_keys=True, separators=(",", ":"))
 
 
 def read_json(file: Path) -> dict[str, Any]:

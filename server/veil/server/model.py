@@ -23,7 +23,7 @@ from veil.common.update import Adapter
 from veil.common.weights import fingerprint
 
 if TYPE_CHECKING:
-    from veil.common.backbone import FrozenBackbone
+    from veil.common.lazy_backbone import LazyBackbone
 
 HEAD_FILE = "head/head.safetensors"
 """The tuned part, in a model's folder."""
@@ -43,7 +43,7 @@ class TunedModel:
 
     plan: RunPlan
     adapter: Adapter
-    backbone: FrozenBackbone | None
+    backbone: LazyBackbone | None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -99,11 +99,11 @@ class TunedModel:
             ) from None
         backbone = None
         if plan.backbone is not None:
-            from veil.common.backbone import load_backbone
+            from veil.common.lazy_backbone import find_backbone
 
             source = f"path:{folder.resolve()}"
             pinned = Backbone(source=source, sha256=fingerprint(source, base=folder).sha256)
-            backbone = load_backbone(pinned, plan.task, base=folder)
+            backbone = find_backbone(pinned, plan.task, base=folder)
         return cls(plan=plan, adapter=adapter, backbone=backbone)
 
     def predict(

@@ -26,7 +26,7 @@ from veil.server.state import RunState
 from veil.server.statements import Evidence
 
 if TYPE_CHECKING:
-    from veil.common.backbone import FrozenBackbone
+    from veil.common.lazy_backbone import LazyBackbone
 
 
 def initial_state(plan: RunPlan, shelf: Path, sites: int) -> RunState:
@@ -83,9 +83,9 @@ def write_result(
     sync_folder(result.parent)
 
 
-def _backbone(plan: RunPlan, shelf: Path) -> FrozenBackbone | None:
+def _backbone(plan: RunPlan, shelf: Path) -> LazyBackbone | None:
     if plan.backbone is None:
         return None
-    from veil.common.backbone import load_backbone
+    from veil.common.lazy_backbone import find_backbone
 
-    return load_backbone(BackboneShelf(shelf).find(plan.backbone), plan.task, base=shelf)
+    return find_backbone(BackboneShelf(shelf).find(plan.backbone), plan.task, base=shelf, device="cpu")

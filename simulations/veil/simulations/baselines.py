@@ -57,8 +57,12 @@ class Pool:
         return np.concatenate([share.test for share in self.shares])
 
     def lay_down(self, folder: Path, shares: tuple[Share, ...]) -> Workspace:
-        """A workspace of some shares."""
-        return Workspace.create(folder, self.plan, self.features, self.examples, shares)
+        """A workspace of some shares; those in one folder share one file of features."""
+        features = folder.parent / "features.npy"
+        if not features.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            np.save(features, self.features)
+        return Workspace.create(folder, self.plan, np.load(features, mmap_mode="r"), self.examples, shares)
 
     def score(self, adapter: Adapter, rows: NDArray[np.int64]) -> Scores:
         """Judge an adapter on some records."""

@@ -174,7 +174,7 @@ def _show(plan: RunPlan, pool: Pool, state: RunState, output: Path) -> Rehearsal
 
 def _simulated(plan: RunPlan, pool: Pool, folder: Path) -> Adapter:
     """The adapter of the same plan, seeds and shares without a network."""
-    workspace = pool.lay_down(folder, pool.shares)
+    workspace = pool.lay_down(folder / "sites", pool.shares)
     outcome = federate(plan, workspace, sites=len(pool.shares), width=pool.features.shape[1])
     close_workspaces()
     shutil.rmtree(folder)

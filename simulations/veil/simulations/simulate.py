@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 
 from veil.client.examples import Examples, read_examples
 from veil.client.features import cached_features
-from veil.client.ledger import entries_of, total
-from veil.common.backbone import FrozenBackbone, load_backbone
+from veil.client.ledger import Entry, entries_by_site, total
 from veil.common.errors import PlanError
 from veil.common.keys import NodeKey
+from veil.common.lazy_backbone import LazyBackbone, find_backbone
 from veil.common.plan import RunPlan, Simulation
 from veil.common.privacy import spent
 from veil.common.schedule import schedule
@@ -121,7 +121,7 @@ def simulate(
 
 def prepare(
     plan: RunPlan, simulation: Simulation, base: Path, progress: Progress, clock: Clock | None = None
-) -> tuple[Pool, FrozenBackbone | None]:
+) -> tuple[Pool, LazyBackbone | None]:
     """Read the pooled records, divide them, compute their features.
 
     Args:
@@ -149,7 +149,7 @@ def prepare(
         _check_cohort(plan, shares)
         schedule(plan)
     with clock.stage("features_s"):
-        backbone, features = _features(plan, examples, base, progress)
+        backbone, features = _features(plan, simulation, examples, base, progress)
     return Pool(plan=plan, examples=examples, features=features, shares=shares), backbone
 
 
@@ -163,13 +163,18 @@ def _check_cohort(plan: RunPlan, shares: tuple[Share, ...]) -> None:
 
 
 def _features(
-    plan: RunPlan, examples: Examples, base: Path, progress: Progress
-) -> tuple[FrozenBackbone | None, NDArray[np.floating]]:
+    plan: RunPlan, simulation: Simulation, examples: Examples, base: Path, progress: Progress
+) -> tuple[LazyBackbone | None, NDArray[np.floating]]:
     if plan.backbone is None or isinstance(examples.inputs, np.ndarray):
         return None, np.asarray(examples.inputs, dtype=np.float64)
-    backbone = load_backbone(plan.backbone, plan.task, base=base)
-    advance = progress.stage("Frozen features", len(examples))
-    features = cached_features(backbone, examples.inputs, cache_folder() / "features", advance=advance)
+    backbone = find_backbone(plan.backbone, plan.task, base=base, device=simulation.device)
+    features = cached_features(
+        backbone,
+        examples.inputs,
+        cache_folder() / "features",
+        precision=simulation.cache_precision,
+        advance=progress.stage("Frozen features", len(examples)),
+    )
     return backbone, features
 
 
@@ -206,7 +211,8 @@ def _result(
     seconds: dict[str, float],
     engine: Engine,
 ) -> SimulationResult:
-    sites = tuple(_site_result(pool, workspace, outcome, baselines, share) for share in pool.shares)
+    ledgers = entries_by_site(workspace.ledger_path)
+    sites = tuple(_site_result(pool, ledgers.get(share.site, ()), outcome, baselines, share) for share in pool.shares)
     return SimulationResult(
         plan=pool.plan,
         sites=sites,
@@ -220,8 +226,9 @@ def _result(
     )
 
 
-def _site_result(pool: Pool, workspace: Workspace, outcome: Outcome, baselines: Baselines, share: Share) -> SiteResult:
-    entries = entries_of(workspace.ledger_path, share.site)
+def _site_result(
+    pool: Pool, entries: Sequence[Entry], outcome: Outcome, baselines: Baselines, share: Share
+) -> SiteResult:
     own = baselines.local.get(share.site)
     return SiteResult(
         name=share.site,
