@@ -49,10 +49,12 @@ def changed(
     privacy: dict[str, object] | None = None,
     training: dict[str, object] | None = None,
     simulation: dict[str, object] | None = None,
+    wire: dict[str, object] | None = None,
 ) -> RunPlan:
     """A plan with some keys set, checked like a file."""
     document = json.loads(plan.to_json())
-    for section, values in (("privacy", privacy), ("training", training), ("simulation", simulation)):
+    sections = {"privacy": privacy, "training": training, "simulation": simulation, "wire": wire}
+    for section, values in sections.items():
         document[section] = {**document.get(section, {}), **(values or {})}
     document["seed"] = seed
     return RunPlan.from_json(json.dumps(document))
@@ -175,10 +177,15 @@ def save(figures: list[Figure]) -> None:
     measured = {f.plan for f in figures}
     figures = sorted([*(f for f in older if f.plan not in measured), *figures], key=_order)
     store.write_text(json.dumps([asdict(f) for f in figures], indent=1) + "\n", encoding="utf-8")
-    template = (HERE / "RESULTS.template.md").read_text(encoding="utf-8")
-    (HERE / "RESULTS.md").write_text(
-        template.replace("{{accuracy}}", table(figures)).replace("{{means}}", demo_mean(figures)), encoding="utf-8"
-    )
+    results, template = HERE / "RESULTS.md", (HERE / "RESULTS.template.md").read_text(encoding="utf-8")
+    filled = template.replace("{{accuracy}}", table(figures)).replace("{{means}}", demo_mean(figures))
+    older_page = results.read_text(encoding="utf-8") if results.exists() else ""
+    results.write_text(filled.replace("{{speed}}", speed_section(older_page)), encoding="utf-8")
+
+
+def speed_section(page: str) -> str:
+    """What `make bench` wrote between its markers, to be kept."""
+    return page.partition("<!-- speed -->")[2].partition("<!-- /speed -->")[0].strip()
 
 
 if __name__ == "__main__":

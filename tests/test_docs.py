@@ -211,8 +211,8 @@ def test_a_shown_range_is_the_code_s(key: Key) -> None:
     assert told <= {float(value) for _, value in bounds(key.field)}, f"{key}: {shown!r} names a bound of its own"
 
 
-def choices(annotation: Any) -> set[str]:
-    """The words a key may have, where they are listed."""
+def choices(annotation: Any) -> set[str | int]:
+    """The words or numbers a key may have, where they are listed."""
     if get_origin(annotation) is Literal:
         return set(get_args(annotation))
     if get_origin(annotation) in (Union, UnionType, tuple):
@@ -224,7 +224,8 @@ def choices(annotation: Any) -> set[str]:
 
 @pytest.mark.parametrize("key", [key for key in KEYS if choices(key.field.annotation)], ids=str)
 def test_shown_choices_are_the_code_s(key: Key) -> None:
-    shown = set(re.findall(r'"([\w-]+)"', key.row["type and range"]))
+    cell = key.row["type and range"]
+    shown = set(re.findall(r'"([\w-]+)"', cell)) | {int(one) for one in re.findall(r"`(\d+)`", cell)}
     assert shown == choices(key.field.annotation)
 
 

@@ -12,6 +12,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime, tzinfo
 from pathlib import Path
@@ -22,8 +23,9 @@ import pytest
 from veil.client import ledger as module
 from veil.client.anchor import Anchor, read_anchor
 from veil.client.books import WRITE_OFF
-from veil.client.ledger import Claim, Entry, Ledger, entries_of
+from veil.client.ledger import Claim, Entry, Ledger, entries_by_site, entries_of
 from veil.client.ledger import total as total_of
+from veil.client.lines import LineFile
 from veil.client.verification import verify
 from veil.common.errors import InputError, RefusalCode, RefusalError
 from veil.common.keys import NodeKey
@@ -552,6 +554,27 @@ def test_lines_are_read_unchecked_and_refused_when_they_are_none(ledger: Ledger,
     tamper(path, "UPDATE line SET body = 'nothing'")
     with pytest.raises(RefusalError, match="a line that says nothing"):
         entries_of(path, "Ulm")
+
+
+def test_ledgers_of_many_sites_share_one_open_file(path: Path, key: NodeKey) -> None:
+    """Threads at work on several sites at once: every chain is whole, and a line added elsewhere is seen."""
+    with closing(LineFile(path, durable=False)) as file:
+        sites = {name: Ledger(path, name, key, file=file) for name in ("Graz", "Linz", "Ulm")}
+
+        def work(name: str) -> None:
+            for round_ in range(1, 9):
+                claim = spend(sites[name], round_)
+                sites[name].record_reply(claim, name.encode())
+
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(work, sites))
+        with closing(Ledger(path, "Ulm", key)) as elsewhere:
+            spend(elsewhere, 9)
+        assert {name: len(one.entries()) for name, one in sites.items()} == {"Graz": 8, "Linz": 8, "Ulm": 9}
+        for name, one in sites.items():
+            one.close()
+            assert spend(sites[name], 10).seq == 2 * 8 + 1 + (name == "Ulm")
+    assert entries_by_site(path) == {name: entries_of(path, name) for name in sites}
 
 
 def tamper(path: Path, change: str) -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from veil.client import site as module
 from veil.client.ledger import Ledger
+from veil.client.release import draw
 from veil.client.site import Consent, Site
 from veil.client.units import Units
 from veil.common.delivery import Chunk, FileEntry, Manifest, Position, Progress, Standing
@@ -153,6 +154,32 @@ def test_a_repeated_request_gets_the_same_bytes_also_after_a_restart(
         assert points(one.answer(make_request(plan, 1))) == points(first)
         assert points(one.answer(make_request(plan, 1, adapter=Adapter(tensors=moved)))) == points(first)
     assert len(site.ledger.entries()) == 1
+
+
+@pytest.mark.parametrize("bits", [8, 16, 32])
+@pytest.mark.parametrize("algorithm", ["dp-fedsgd", "dp-fedavg"])
+def test_an_answer_is_as_narrow_as_the_plan_says_by_its_noised_numbers_alone(
+    algorithm: str, bits: int, make_plan: MakePlan, make_request: MakeRequest, make_site: MakeSite
+) -> None:
+    """The noise is many times the clean sum, so that a lattice chosen by that sum would be another one."""
+    document = make_plan({"algorithm": algorithm}, target_epsilon=0.05).model_dump(mode="json")
+    plan = RunPlan.model_validate({**document, "wire": {"update_bits": bits}, "evaluation": {}})
+    site = make_site(noise=lambda request: FixedNoise(0, "Ulm", request.round))
+    boundless = site.policy.limits.model_copy(update={"epsilon_per_run": math.inf, "epsilon_lifetime": math.inf})
+    site = replace(site, policy=site.policy.model_copy(update={"limits": boundless}))
+    for release in schedule(plan)[:-1]:
+        request, sent = make_request(plan, release.round), bits if release.round else 32
+        noised, clean = (
+            draw(request, release, site.units(plan), source(0, "Ulm", release.round))
+            for source in (FixedNoise, NoNoise)
+        )
+        reply = site.answer(request)
+        assert reply.update is not None
+        assert reply.update.to_bytes() == noised.narrowed(sent).to_bytes()
+        assert points(reply) == points(site.answer(request)), "a second time it comes from the ledger"
+        assert {one.dtype for one in reply.update.points.values()} == {np.dtype(f"int{sent}")}
+        assert sent != 8 or reply.update.spacing > 4 * clean.narrowed(sent).spacing
+    assert schedule(plan)[-1].update_bits == 32
 
 
 def test_another_round_or_job_gets_other_noise(
@@ -327,7 +354,7 @@ def test_a_promise_close_to_zero_does_not_show_the_clean_sum(
     ]
     if any(reply.update is None for reply in replies):
         return
-    first, second = (np.frombuffer(points(reply)[WEIGHT], np.int64) for reply in replies)
+    first, second = (np.frombuffer(points(reply)[WEIGHT], np.int32) for reply in replies)
     assert (first != second).all()
 
 

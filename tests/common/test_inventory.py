@@ -22,7 +22,7 @@ from veil.common.update import Update
 from veil.common.wire import CHUNK, MANIFEST, OFFER, STATEMENT, WireError
 
 DIGEST = "0" * 64
-UPDATE = Update(points={"head.weight": np.zeros((2, 3), np.int64)}, spacing=0.5)
+UPDATE = Update(points={"head.weight": np.zeros((2, 3), np.int32)}, spacing=0.5)
 SIGNED = SignedStatement(text="{}", signature=b"s", public_pem=b"p")
 RELEASED = RoundReply(site="Ulm", job="job", round=1, update=UPDATE, head=DIGEST, units=7)
 REFUSED = RefusalCode.INTERNAL
@@ -115,8 +115,12 @@ def test_counts_pass_only_where_the_owner_declares_them() -> None:
 
 def test_numbers_off_the_lattice_and_weights_stay() -> None:
     content = wire.encode_reply(RELEASED)
-    content["arrays"] = ArrayRecord({"head.weight": Array(np.zeros(3, np.float32))})
-    with pytest.raises(WireError, match="float32"):
+    for width in ("float32", "int64", "uint8", "bool"):
+        content["arrays"] = ArrayRecord({"head.weight": Array(np.zeros(3, width))})
+        with pytest.raises(WireError, match=width):
+            check_outgoing(content, TRAIN, counts=True)
+    for width in ("int8", "int16"):
+        content["arrays"] = ArrayRecord({"head.weight": Array(np.zeros(3, width))})
         check_outgoing(content, TRAIN, counts=True)
     content = wire.encode_reply(RELEASED)
     content["metrics"] = MetricRecord({"num-examples": 57})
@@ -163,6 +167,6 @@ def test_privacy_md_holds_the_inventory() -> None:
         assert f"- {what}" in text, what
 
 
-def test_only_arrays_are_noised_and_only_what_an_owner_says_is_declared() -> None:
-    assert {field.name for field in FIELDS if field.mark is Mark.NOISED} == {"arrays"}
+def test_only_an_update_is_noised_and_only_what_an_owner_says_is_declared() -> None:
+    assert {field.name for field in FIELDS if field.mark is Mark.NOISED} == {"arrays", "spacing"}
     assert {field.name for field in FIELDS if field.mark is Mark.DECLARED} == {"site", "units"}

@@ -110,6 +110,16 @@ def test_an_evaluation_out_of_range_is_named(tmp_path: Path, wrong: str) -> None
     assert f"evaluation.{wrong.split()[0]}" in str(caught.value)
 
 
+@pytest.mark.parametrize("wrong", ["update_bits = 64", "update_bits = 12", "adapter_bits = 8", "bits = 8"])
+def test_a_width_that_is_none_is_named_and_a_width_is_part_of_the_hash(tmp_path: Path, wrong: str) -> None:
+    plain = parse(tmp_path, DESIGN)
+    assert (plain.wire.update_bits, plain.wire.adapter_bits) == (32, 32)
+    narrow = parse(tmp_path, DESIGN + "[wire]\nupdate_bits = 8\nadapter_bits = 16\n")
+    assert narrow.public().wire == narrow.wire and narrow.sha256 != plain.sha256
+    with pytest.raises(PlanError, match=f"wire.{wrong.split()[0]}"):
+        parse(tmp_path, f"{DESIGN}[wire]\n{wrong}\n")
+
+
 @pytest.mark.parametrize(
     "columns",
     [

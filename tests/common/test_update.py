@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from veil.common.update import Adapter, Update, sum_points
+from veil.common.update import Adapter, Update, doublings, sum_points
 
 names = st.text("abcdefgh.", min_size=1, max_size=8)
 shapes = hnp.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=4)
@@ -57,6 +58,38 @@ def test_the_bytes_do_not_depend_on_the_order_or_layout_of_tensors() -> None:
 
 def test_the_size_of_an_update_is_that_of_its_points() -> None:
     assert Update(points={"a": np.zeros((2, 3), np.int64), "b": np.zeros(4, np.int64)}, spacing=1.0).nbytes == 80
+
+
+@given(
+    numbers=hnp.arrays(np.int64, st.integers(1, 5), elements=st.integers(-(2**63), 2**63 - 1)),
+    smaller=st.integers(0, 62),
+    bits=st.sampled_from([8, 16, 32]),
+)
+def test_narrowing_rounds_to_the_nearest_on_the_finest_lattice_that_fits(
+    numbers: NDArray[np.int64], smaller: int, bits: int
+) -> None:
+    """Against exact fractions, whose `round` takes halves to the even; and once is enough."""
+    update = Update(points={"a": numbers >> smaller, "b": np.zeros(0, np.int64)}, spacing=0.75)
+    sent = update.narrowed(bits)
+    k = doublings(sent.spacing, update.spacing)
+
+    def rounded(times: int) -> list[int]:
+        return [round(Fraction(int(number), 2**times)) for number in update.points["a"]]
+
+    def fits(times: int) -> bool:
+        return all(abs(number) < 2 ** (bits - 1) for number in rounded(times))
+
+    assert sent.points["a"].dtype == f"int{bits}"
+    assert sent.points["a"].tolist() == rounded(k)
+    assert fits(k) and not (k and fits(k - 1))
+    assert Update.from_bytes(sent.to_bytes()).narrowed(bits).to_bytes() == sent.to_bytes()
+
+
+@pytest.mark.parametrize("spacing", [0.0, -1.0, 0.5, 3.0, 2.0**63, math.inf, math.nan])
+def test_a_spacing_that_is_no_doubling_is_named(spacing: float) -> None:
+    with pytest.raises(ValueError, match="expected 1, doubled 0 to 62 times"):
+        doublings(spacing, 1.0)
+    assert [doublings(2.0**k, 1.0) for k in (0, 1, 62)] == [0, 1, 62]
 
 
 GOOD = Update(points={"a": np.arange(4, dtype=np.int64)}, spacing=0.25).to_bytes()
@@ -148,6 +181,25 @@ def test_sums_do_not_depend_on_the_order(stack: NDArray[np.int64], random: Any) 
     assert total.tobytes() == sum_points(shuffled)["w"].tobytes()
     exact = [math.ldexp(float(sum(int(value) for value in column)), -20) for column in stack.T]
     assert total.tolist() == exact
+
+
+@given(
+    parts=st.lists(
+        st.tuples(st.sampled_from([8, 16, 32]), st.integers(0, 45), st.integers(-127, 127)), min_size=1, max_size=6
+    ),
+    random=st.randoms(use_true_random=False),
+)
+def test_sums_over_lattices_of_different_width_are_exact(parts: list[tuple[int, int, int]], random: Any) -> None:
+    updates = [
+        Update(points={"w": np.array([number], f"int{bits}")}, spacing=math.ldexp(0.7, k)) for bits, k, number in parts
+    ]
+    total = sum_points(updates)["w"]
+    random.shuffle(updates)
+    assert total.tobytes() == sum_points(updates)["w"].tobytes()
+    finest = min(k for _, k, _ in parts)
+    assert total.tolist() == [
+        float(sum(number * 2 ** (k - finest) for _, k, number in parts)) * math.ldexp(0.7, finest)
+    ]
 
 
 def test_every_tensor_is_summed() -> None:

@@ -13,7 +13,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.supercore.task_identity import TaskIdentity
 
 from veil.common.delivery import CHUNK_BYTES, Chunk, FileEntry, Manifest, Position, Progress, Standing
-from veil.common.errors import RefusalCode
+from veil.common.errors import RefusalCode, RunError
 from veil.common.exchange import Offer, OfferReply, RoundReply, RoundRequest, StatementReply, Willingness
 from veil.common.plan import RunPlan
 from veil.common.schedule import ReleaseKind
@@ -64,7 +64,7 @@ def request(**change: Any) -> RoundRequest:
 
 
 def reply(points: Any = None) -> RoundReply:
-    numbers = np.array([[1, -(2**60)], [3, 4]], dtype=np.int64) if points is None else points
+    numbers = np.array([[1, -(2**30)], [3, 4]], dtype=np.int32) if points is None else points
     return RoundReply(
         site="s", job="job-1", round=3, update=Update(points={"head.weight": numbers}, spacing=0.5 / 2**20)
     )
@@ -102,9 +102,17 @@ def test_a_reply_is_an_update_or_a_refusal() -> None:
         RoundReply(site="s", job="j", round=1)
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.int32, np.float32])
-def test_an_update_that_is_not_of_lattice_points(dtype: type) -> None:
-    with pytest.raises(WireError, match="int64"):
+@pytest.mark.parametrize("dtype", ["i1", "i2", "i4"])
+def test_narrower_points_arrive_as_they_left(dtype: str) -> None:
+    sent = reply(np.array([[1, -127], [3, 4]], dtype=dtype))
+    got = decode_reply(travelled(encode_reply(sent)))
+    assert got.update is not None and got.update.points["head.weight"].dtype == dtype
+    assert got.update.to_bytes() == sent.update.to_bytes()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", ["f8", "f4", "f2", "i8", "u4", "u1", "?", ">i4"])
+def test_an_update_that_is_not_of_lattice_points(dtype: str) -> None:
+    with pytest.raises(WireError, match="int8, int16 or int32 only"):
         decode_reply(encode_reply(reply(np.zeros((2, 2), dtype=dtype))))
 
 
@@ -122,6 +130,29 @@ def test_a_request_with_a_wrong_part(key: str, value: Any) -> None:
     content.config_records["config"][key] = value
     with pytest.raises(WireError):
         decode_request(content)
+
+
+HALF = RunPlan.model_validate({**PLAN.model_dump(mode="json"), "wire": {"adapter_bits": 16}})
+
+
+def test_an_adapter_of_16_bits_arrives_rounded_once_and_an_evaluation_judges_the_exact_one() -> None:
+    exact = np.array([1 + 2.0**-12, 2.0**-20, -65504.0, 0.1], np.float32)
+    adapter = Adapter(tensors={"head.weight": exact})
+    content = travelled(encode_request(request(plan=HALF, adapter=adapter)))
+    got = decode_request(content).adapter.tensors["head.weight"]
+    assert got.dtype == np.float32 and content.array_records["arrays"]["head.weight"].dtype == "float16"
+    assert got.tolist() == exact.astype(np.float16).tolist() != exact.tolist()
+    judged = encode_request(request(plan=HALF, adapter=adapter, kind=ReleaseKind.EVALUATION))
+    assert decode_request(judged).adapter.tensors["head.weight"].tolist() == exact.tolist()
+    with pytest.raises(WireError, match="finite float32"):
+        decode_request(RecordDict({**judged, "arrays": content["arrays"]}))
+
+
+def test_weights_that_16_bits_cannot_hold_stop_the_run_and_say_why() -> None:
+    adapter = Adapter(tensors={"head.weight": np.array([1.0, -65505.0], np.float32)})
+    with pytest.raises(RunError, match=r"head.weight with .* in 16 bits.*at most 65504.*adapter_bits = 32"):
+        encode_request(request(plan=HALF, adapter=adapter))
+    assert encode_request(request(adapter=adapter))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -153,7 +184,8 @@ def test_an_empty_message() -> None:
 
 
 def test_the_payload_is_counted() -> None:
-    assert payload_bytes(encode_reply(reply())) >= 4 * 8
+    sizes = [payload_bytes(encode_reply(reply(np.zeros((100, 10), f"int{bits}")))) for bits in (8, 16, 32)]
+    assert [size - sizes[0] for size in sizes] == pytest.approx([0, 1000, 3000], abs=20)
 
 
 DIGEST, OTHER = "a" * 64, "b" * 64

@@ -236,7 +236,7 @@ HIGH = (
     Mistake(
         name="steps-not-counted",
         what="steps taken but not counted",
-        here="Opacus' hook counts each step of the one optimizer",
+        here="each step of the one optimizer is counted, and compared with the charge",
         guard=sampling.guard_steps,
         broken=sampling.step_twice,
         seen="10 steps taken, 5 charged",

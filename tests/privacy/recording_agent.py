@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from veil.client import service
+from veil.client import connection, service
 from veil.client.connection import Connection
 from veil.client.site_file import read_site_file
 from veil.common.logs import log_json_lines
@@ -37,7 +37,7 @@ def main() -> None:
 
     def keep(response: httpx.Response) -> None:
         """What the coordinator sent: a reply's part that equals one of these is not sent back."""
-        if response.request.url.path.endswith("/pull-object"):
+        if response.is_success and response.request.url.path.endswith("/pull-object"):
             body = base64.b64encode(response.read()).decode("ascii")
             with mutex, output.open("a", encoding="ascii") as file:
                 file.write(json.dumps({"pulled": body}) + "\n")
@@ -49,7 +49,7 @@ def main() -> None:
             hooks["request"].append(record)
             hooks["response"].append(keep)
 
-    setattr(service, "Connection", RecordedConnection)  # noqa: B010 - the seam between the agent and its line
+    setattr(connection, "Connection", RecordedConnection)  # noqa: B010 - the seam between the agent and its line
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
     service.serve_site(path, read_site_file(path), stop)

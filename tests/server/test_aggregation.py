@@ -106,6 +106,24 @@ def test_the_order_of_sites_does_not_matter(rule: str, order: list[int]) -> None
     assert np.allclose(given_order, aggregate(sites, cohort(rule, 2))["t"], rtol=1e-12)
 
 
+@pytest.mark.parametrize("rule", ["sum", *ROBUST])
+@settings(max_examples=20, deadline=None)
+@given(order=st.permutations(range(7)))
+def test_sites_on_lattices_of_different_width_count_by_their_numbers(rule: str, order: list[int]) -> None:
+    """8 bits and a site's own step each: as if the same numbers had come in 64 bits, whatever the order."""
+    random = np.random.default_rng(0)
+    drawn = [Update(points={"t": random.integers(-(2 ** (8 + k)), 2 ** (8 + k), 6)}, spacing=0.7) for k in range(7)]
+    coarse = [one.narrowed(8) for one in drawn]
+    assert len({one.spacing for one in coarse}) > 4
+    fine = [
+        Update(points={"t": one.points["t"].astype(np.int64) * round(one.spacing / 0.7)}, spacing=0.7) for one in coarse
+    ]
+    total = aggregate([coarse[one] for one in order], cohort(rule, 2))["t"]
+    np.testing.assert_allclose(total, aggregate(fine, cohort(rule, 2))["t"], rtol=1e-12)
+    if rule != "krum":
+        assert total.tobytes() == aggregate(coarse, cohort(rule, 2))["t"].tobytes()
+
+
 @pytest.mark.parametrize("rule", ["sum", "median", "trimmed-mean"])
 def test_every_tensor_keeps_its_name_and_shape(rule: str) -> None:
     sites = [

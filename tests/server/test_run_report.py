@@ -72,7 +72,7 @@ def test_it_says_what_was_run(report: dict[str, Any], make_plan: MakePlan) -> No
     assert report["backbone"] is None
     assert report["privacy"]["unit"] == "record"
     assert report["timing"] == {"federation_s": 2.5}
-    assert report["bytes"] == {"per_round_per_site": 3003, "down": 2003, "up": 1000}
+    assert report["bytes"] == {"per_round_per_site": 3003, "down": 2003, "up": 1000, "total_per_site": 12_006}
 
 
 def test_a_backbone_is_named_with_its_hash_and_licence(make_plan: MakePlan, state: RunState) -> None:
@@ -138,7 +138,8 @@ def test_an_evaluation_stands_with_its_errors(make_plan: MakePlan, state: RunSta
 
 
 def test_the_bytes_of_a_round_are_those_of_training(make_plan: MakePlan, state: RunState) -> None:
-    assert judged(make_plan, state, right=400)["bytes"] == {"per_round_per_site": 3003, "down": 2003, "up": 1000}
+    sent = judged(make_plan, state, right=400)["bytes"]
+    assert sent == {"per_round_per_site": 3003, "down": 2003, "up": 1000, "total_per_site": 12_006 + 18}
 
 
 def test_the_epsilon_of_an_evaluation_is_in_the_sites(make_plan: MakePlan, state: RunState) -> None:

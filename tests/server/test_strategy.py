@@ -45,12 +45,13 @@ def descent(chosen: RunPlan, sites: int = 2) -> Descent:
 
 def centre_update(mean: list[float], units: int) -> Update:
     sums = np.array([*(np.array(mean) * units), COUNT_WEIGHT * units])
-    return Update(points={CENTRE: np.rint(sums / spacing(CENTRE_NORM)).astype(np.int64)}, spacing=spacing(CENTRE_NORM))
+    points = np.rint(sums / spacing(CENTRE_NORM)).astype(np.int64)
+    return Update(points={CENTRE: points}, spacing=spacing(CENTRE_NORM)).narrowed(32)
 
 
 def gradient_update(value: float, bound: float = 0.5) -> Update:
-    points = np.full((2, WIDTH + 1), round(value / spacing(bound)), dtype=np.int64)
-    return Update(points={WEIGHT: points}, spacing=spacing(bound))
+    points = np.full((2, WIDTH + 1), round(value / spacing(bound)))
+    return Update(points={WEIGHT: points}, spacing=spacing(bound)).narrowed(32)
 
 
 def reply(update: Update, **change: Any) -> RoundReply:
@@ -75,6 +76,14 @@ def test_a_gradient_step_is_rate_over_units_times_the_sum() -> None:
     state = descent(plan(training={"learning_rate": 2.0}, cohort={"nominal_units": 50}))
     state.apply(schedule(state.plan)[1], [gradient_update(3.0), gradient_update(4.0)])
     assert np.allclose(state.weight, -2.0 / 100 * 7.0, rtol=1e-6)
+
+
+def test_a_gradient_step_on_some_sites_stands_for_all() -> None:
+    """The one site of two that was asked counts twice."""
+    cohort = {"nominal_units": 50, "min_sites": 1, "sites_per_round": 1}
+    state = descent(plan(training={"learning_rate": 2.0}, cohort=cohort))
+    state.apply(schedule(state.plan)[1], [gradient_update(3.0)])
+    assert np.allclose(state.weight, -2.0 / 100 * 6.0, rtol=1e-6)
 
 
 def test_a_delta_step_is_the_plain_mean() -> None:
@@ -125,9 +134,9 @@ def test_the_rate_is_capped(bound: float, cap: float) -> None:
     [
         reply(gradient_update(1.0), job="other"),
         reply(gradient_update(1.0), round=2),
-        reply(Update(points={"backbone": np.zeros((2, 4), np.int64)}, spacing=spacing(0.5))),
-        reply(Update(points={WEIGHT: np.zeros((2, 5), np.int64)}, spacing=spacing(0.5))),
-        reply(Update(points={**gradient_update(1.0).points, "extra": np.zeros(1, np.int64)}, spacing=spacing(0.5))),
+        reply(Update(points={"backbone": np.zeros((2, 4), np.int32)}, spacing=spacing(0.5))),
+        reply(Update(points={WEIGHT: np.zeros((2, 5), np.int32)}, spacing=spacing(0.5))),
+        reply(Update(points={**gradient_update(1.0).points, "extra": np.zeros(1, np.int32)}, spacing=spacing(0.5))),
         reply(gradient_update(1.0, bound=0.25)),
         reply(gradient_update(1e6)),
         reply(Update(points={WEIGHT: np.full((2, 4), -(2**63), np.int64)}, spacing=spacing(0.5))),
@@ -160,8 +169,38 @@ def strategy(min_sites: int) -> SumOfUpdates:
     return SumOfUpdates(plan=chosen, job="j", state=RunState(descent=descent(chosen)), watch=lambda state: None)
 
 
+def test_some_sites_are_asked_by_the_public_seed_and_all_where_it_is_once_a_run() -> None:
+    """Two of six in each training round: all six sooner or later, the same ones whenever the plan is run."""
+    chosen = plan(cohort={"min_sites": 2, "sites_per_round": 2}, training={"rounds": 12}, evaluation={})
+    releases = {release.round: release for release in schedule(chosen)}
+    one = SumOfUpdates(
+        plan=chosen, job="j", state=RunState.start(chosen, initial_adapter(chosen, WIDTH), 6), watch=print
+    )
+
+    def asked(round_: int, order: list[int]) -> list[int]:
+        return one._drawn(releases[round_], order)
+
+    nodes = [11, 12, 13, 14, 15, 16]
+    drawn = [asked(round_, nodes) for round_ in range(1, 13)]
+    assert all(len(set(pair)) == 2 for pair in drawn)
+    assert {node for pair in drawn for node in pair} == set(nodes)
+    assert drawn == [asked(round_, nodes[::-1]) for round_ in range(1, 13)]
+    assert asked(0, nodes) == asked(13, nodes) == nodes
+
+
 def messages(*answers: RoundReply | None) -> Any:
     return [FakeMessage(answer) for answer in answers]
+
+
+def test_a_large_site_may_answer_the_centring_round_after_a_small_one() -> None:
+    """What the first sites said of their own size bounds no other site."""
+    chosen = plan(cohort={"min_sites": 2}, privacy={"target_epsilon": 8.0})
+    one = SumOfUpdates(plan=chosen, job="j", state=RunState(descent=descent(chosen)), watch=lambda state: None)
+    sizes = {"small": 10, "large": 5000}
+    sent = (reply(centre_update([0.9, 0, 0], size), site=site, round=0) for site, size in sizes.items())
+    one.aggregate_train(1, messages(*sent))
+    assert one.state.records[0].sites == ("large", "small")
+    assert one.state.units["small"] < 200 < 5000 < one.state.units["large"]
 
 
 def test_refusals_and_errors_are_recorded_and_the_rest_is_used() -> None:
@@ -250,20 +289,21 @@ def evaluating(**cohort: Any) -> SumOfUpdates:
 
 def evaluation_update(*counts: float) -> Update:
     points = np.rint(np.array(counts) / spacing(EVALUATION_NORM)).astype(np.int64)
-    return Update(points={EVALUATION: points}, spacing=spacing(EVALUATION_NORM))
+    return Update(points={EVALUATION: points}, spacing=spacing(EVALUATION_NORM)).narrowed(32)
 
 
 @pytest.mark.parametrize("aggregation", ["sum", "median"])
 def test_an_evaluation_is_the_sum_of_the_sites_and_moves_nothing(aggregation: str) -> None:
-    """Also where updates are aggregated by another rule, which would leave the largest site's units out."""
+    """Also where updates are aggregated by another rule, which would leave the largest site's units out, and where a
+    site's numbers need a coarser lattice to fit."""
     one = evaluating(aggregation=aggregation)
     before, units = one.state.descent.adapter.to_bytes(), one.state.descent.units
-    sent = {site: (8.0 * size, 9.0, 1.0, 2.0, 8.5, 1.5, 4.0) for site, size in (("a", 1), ("b", 2), ("c", 10))}
+    sent = {site: (8.0 * size, 9.0, 1.0, 2.0, 8.5, 1.5, 4.0) for site, size in (("a", 1), ("b", 2), ("c", 4000))}
     replies = [reply(evaluation_update(*counts), site=site, round=2) for site, counts in sent.items()]
     one.aggregate_train(2, messages(*replies))
     assert (one.state.descent.adapter.to_bytes(), one.state.descent.units) == (before, units)
     kept = np.array([one.state.evaluation[site] for site in "abc"]) * spacing(EVALUATION_NORM)
-    np.testing.assert_allclose(kept, list(sent.values()), atol=1e-5)
+    np.testing.assert_allclose(kept, list(sent.values()), atol=2e-5)
     assert one.state.records[-1].kind is ReleaseKind.EVALUATION
     report = build_run_report(one.plan, one.job, one.state, {})
     exact = quality(np.sum(list(sent.values()), axis=0), 1.0, ["a", "b"])

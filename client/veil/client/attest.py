@@ -13,7 +13,7 @@ import math
 import platform
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -78,10 +78,16 @@ def make_statement(
         limits=_stated(limits),
         backbone_sha256=None if plan.backbone is None else plan.backbone.sha256,
         code_sha256=code_sha256(),
-        versions={**{name: version(name) for name in _ACCOUNTANTS}, "python": platform.python_version()},
+        versions=_versions(),
         audit=None if audit is None else read_audit(audit, plan.sha256),
         time=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Of what works the figures out, in this process."""
+    return {**{name: version(name) for name in _ACCOUNTANTS}, "python": platform.python_version()}
 
 
 def _check_run(extract: Extract, offer: Offer) -> None:

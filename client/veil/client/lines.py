@@ -99,7 +99,7 @@ class LineFile:
         Raises:
             RefusalError: when the disk does not take it.
         """
-        with self._mutex, self._refused():
+        with self._refused():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -116,7 +116,7 @@ class LineFile:
         Raises:
             RefusalError: when the file cannot be read.
         """
-        with self._mutex, self._refused():
+        with self._refused():
             self._db.execute("BEGIN")
             try:
                 yield
@@ -183,8 +183,10 @@ class LineFile:
 
     @contextmanager
     def _refused(self) -> Iterator[None]:
+        """One thread at a time: another's transaction would be read from, and end what is being read."""
         try:
-            yield
+            with self._mutex:
+                yield
         except sqlite3.ProgrammingError:
             raise
         except sqlite3.OperationalError as error:

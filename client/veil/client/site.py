@@ -211,7 +211,7 @@ class Site:
         )
         if claim.reply is not None:
             return Update.from_bytes(claim.reply)
-        update = draw(request, release, self.units(request.plan), noise)
+        update = draw(request, release, self.units(request.plan), noise).narrowed(release.update_bits)
         return Update.from_bytes(self.ledger.record_reply(claim, update.to_bytes()))
 
     def _reply(

@@ -141,7 +141,9 @@ def bounded_units(
         for rows, name in zip(groups, distinct, strict=True)
     ]
     rows = np.sort(np.concatenate([np.zeros(0, np.int64), *taking_part]))
-    return Units(features=features[rows], labels=labels[rows], unit=unit[rows].astype(np.int64), count=len(distinct))
+    if len(rows) < len(unit):
+        features, labels, unit = features[rows], labels[rows], unit[rows]
+    return Units(features=features, labels=labels, unit=unit.astype(np.int64), count=len(distinct))
 
 
 def _drawn(rows: NDArray[np.int64], key: bytes, name: str, most: int) -> NDArray[np.int64]:

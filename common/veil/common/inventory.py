@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-import numpy as np
 from flwr.app import RecordDict
 
 from veil.common.wire import ARRAYS, CHUNK, CONFIG, MANIFEST, METRICS, OFFER, STATEMENT, WireError
@@ -71,10 +70,15 @@ FIELDS: tuple[Field, ...] = (
         "arrays",
         "RoundReply.update",
         Mark.NOISED,
-        "int64 lattice points of a noised sum (`centre`, `head.weight` or `evaluation`), shape fixed by the plan; its "
-        "mechanism is in the ledger",
+        "lattice points (int8, int16 or int32) of a noised sum (`centre`, `head.weight` or `evaluation`), shape and "
+        "width fixed by the plan; its mechanism is in the ledger",
     ),
-    _round("spacing", "RoundReply.update", Mark.RECORD_FREE, "distance of lattice points, from the plan"),
+    _round(
+        "spacing",
+        "RoundReply.update",
+        Mark.NOISED,
+        "distance of lattice points: the plan's, doubled as often as the noised numbers need to fit",
+    ),
     _round("site", "RoundReply.site", Mark.DECLARED, "the site's name, chosen by its operator"),
     _round("job", "RoundReply.job", Mark.RECORD_FREE, "copied from the request"),
     _round("round", "RoundReply.round", Mark.RECORD_FREE, "copied from the request"),
@@ -182,8 +186,8 @@ def check_outgoing(content: RecordDict, action: str, *, counts: bool) -> None:
             raise WireError("a reply with the number of units, which limits.release_counts withholds")
     for record in content.array_records.values():
         for name, array in record.items():
-            if array.dtype != np.dtype(np.int64).name:
-                raise WireError(f"tensor {name} of {array.dtype}; expected int64 lattice points")
+            if array.dtype not in ("int8", "int16", "int32"):
+                raise WireError(f"tensor {name} of {array.dtype}; expected lattice points of int8, int16 or int32")
     if any(value != 1 for record in content.metric_records.values() for value in record.values()):
         raise WireError("a weight other than the constant 1")
 

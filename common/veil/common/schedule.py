@@ -53,15 +53,18 @@ class Release:
         round: 0 for the centring round, then 1, 2, …; an evaluation comes last.
         kind: what is released.
         mechanism: how it is protected.
+        update_bits: of the integers that leave. What comes once a run is 32 wide, and then exact up to thousands of
+            units: error bars and bounds are made of it.
     """
 
     round: int
     kind: ReleaseKind
     mechanism: Mechanism
+    update_bits: int = 32
 
     @property
     def spacing(self) -> float:
-        """Distance of the release's lattice points."""
+        """Distance of the release's lattice points as they are drawn."""
         return DELTA_SPACING if self.kind is ReleaseKind.DELTA else spacing(self.mechanism.max_grad_norm)
 
 
@@ -110,8 +113,11 @@ def _releases(plan: RunPlan) -> tuple[Release, ...]:
         unit=whole.unit,
     )
     kind = ReleaseKind.DELTA if fedavg else ReleaseKind.GRADIENT
-    rounds = range(1, plan.training.rounds + 1)
-    return (*first, *(Release(round=r, kind=kind, mechanism=each) for r in rounds), *last)
+    training = (
+        Release(round=r, kind=kind, mechanism=each, update_bits=plan.wire.update_bits)
+        for r in range(1, plan.training.rounds + 1)
+    )
+    return (*first, *training, *last)
 
 
 def _centring(plan: RunPlan) -> tuple[Release, ...]:

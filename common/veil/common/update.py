@@ -1,20 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """What travels: the Adapter (trainable tensors, server to site) and the Update (noised lattice points, site to server).
 
-Promises that both have one exact byte form, so that a reply sent twice is the same reply.
+Promises that both have one exact byte form, so that a reply sent twice is the same reply, and that updates on lattices
+of different width add up exactly, in whatever order they came.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
+
+Points = NDArray[np.signedinteger[Any]]
+
+MOST_DOUBLINGS = 62
+"""Of a lattice's spacing: more would leave nothing of numbers of 64 bits."""
+
+_INTEGERS = tuple(np.dtype(f"int{bits}") for bits in (8, 16, 32, 64))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,12 +54,32 @@ class Update:
     """A noised release of a site.
 
     Attributes:
-        points: lattice points by tensor name, int64.
+        points: lattice points by tensor name, signed integers: 64 bits as drawn, fewer as they travel.
         spacing: distance γ of neighbouring points; `points * spacing` are the released numbers.
     """
 
-    points: Mapping[str, NDArray[np.int64]]
+    points: Mapping[str, Points]
     spacing: float
+
+    def narrowed(self, bits: int) -> Update:
+        """The same release in integers of so many bits, on a lattice as much coarser as they need.
+
+        Each number goes to the nearest point of spacing γ·2ᵏ, halves to the even one, with the smallest k ≥ 0 for which
+        all lie within ±(2^(bits - 1) - 1). With k = 0 nothing is lost; narrowing once more changes nothing.
+
+        Guarantees:
+            k follows from the noised points alone, so that narrowing is post-processing and costs no privacy (a k that
+            followed from the clean sum would tell its length without noise).
+
+        Args:
+            bits: 8, 16 or 32.
+        """
+        reach = max((max(int(p.max()), -int(p.min())) for p in self.points.values() if p.size), default=0)
+        k = 0
+        while 2 * reach >= (2**bits - 1) * 2**k:  # it would round to 2^(bits - 1) or more
+            k += 1
+        points = {name: _halved(p, k).astype(f"int{bits}") for name, p in self.points.items()}
+        return Update(points=points, spacing=math.ldexp(self.spacing, k))
 
     def to_bytes(self) -> bytes:
         """The safetensors form, γ in its header as a hexadecimal float."""
@@ -71,8 +100,8 @@ class Update:
             points = load(data)
         except (SafetensorError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"not an update: {type(error).__name__}") from None
-        if not (math.isfinite(spacing) and spacing > 0) or any(p.dtype != np.int64 for p in points.values()):
-            raise ValueError(f"not an update: spacing {spacing}, or numbers that are not int64")
+        if not (math.isfinite(spacing) and spacing > 0) or any(p.dtype not in _INTEGERS for p in points.values()):
+            raise ValueError(f"not an update: spacing {spacing}, or numbers that are not signed integers")
         return cls(points=points, spacing=spacing)
 
     @property
@@ -81,10 +110,48 @@ class Update:
         return sum(p.nbytes for p in self.points.values())
 
 
-def sum_points(updates: list[Update]) -> dict[str, NDArray[np.float64]]:
-    """Exact integer sums over updates of one shape, as numbers; the order of `updates` does not matter."""
-    first = updates[0]
-    return {
-        name: np.sum([u.points[name] for u in updates], axis=0).astype(np.float64) * first.spacing
-        for name in first.points
-    }
+def doublings(spacing: float, finer: float) -> int:
+    """How often a lattice's spacing was doubled to give another.
+
+    Raises:
+        ValueError: when it was not, or more than `MOST_DOUBLINGS` times.
+    """
+    for k in range(MOST_DOUBLINGS + 1):
+        if finer * 2.0**k == spacing < math.inf:
+            return k
+    raise ValueError(f"spacing {spacing:g}; expected {finer:g}, doubled 0 to {MOST_DOUBLINGS} times")
+
+
+def finest(updates: Sequence[Update]) -> float:
+    """The smallest spacing: every update's points are multiples of it."""
+    return min(update.spacing for update in updates)
+
+
+def sum_points(updates: Sequence[Update]) -> dict[str, NDArray[np.float64]]:
+    """Sums over updates of one shape, exact in units of the finest spacing; the order of `updates` does not matter.
+
+    Raises:
+        ValueError: when a spacing is not the finest one times a power of two.
+    """
+    unit = finest(updates)
+    shifts = [doublings(update.spacing, unit) for update in updates]
+    return {name: _sum([u.points[name] for u in updates], shifts) * unit for name in updates[0].points}
+
+
+def _sum(tensors: Sequence[Points], shifts: Sequence[int]) -> NDArray[np.float64]:
+    """Σ tensor·2^shift in integers, Python's own where 64 bits may not do; rounded once, at the end."""
+    most = sum(2 ** (8 * tensor.itemsize - 1 + shift) for tensor, shift in zip(tensors, shifts, strict=True))
+    total = np.zeros(tensors[0].shape, dtype=np.int64 if most < 2**63 else object)
+    for tensor, shift in zip(tensors, shifts, strict=True):
+        total += tensor.astype(total.dtype) * 2**shift
+    return total.astype(np.float64)
+
+
+def _halved(points: Points, times: int) -> Points:
+    """points / 2^times, halves to even."""
+    if times == 0:
+        return points
+    whole: NDArray[np.int64] = points.astype(np.int64) >> times
+    rest, half = points - (whole << times), 2 ** (times - 1)
+    up = (rest > half) | ((rest == half) & (whole % 2 == 1))
+    return np.asarray(whole + up, dtype=np.int64)

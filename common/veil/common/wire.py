@@ -7,16 +7,19 @@ Promises that what is decoded has the stated types, or a `WireError` says what w
 from __future__ import annotations
 
 import io
+import math
 import re
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.lib.format as npy
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_to_proto
 from numpy.typing import NDArray
 
 from veil.common.delivery import Chunk, FileEntry, Manifest, Position, Progress, Standing
-from veil.common.errors import PlanError, RefusalCode
+from veil.common.errors import PlanError, RefusalCode, RunError
 from veil.common.exchange import Offer, OfferReply, RoundReply, RoundRequest, StatementReply, Willingness
 from veil.common.plan import RunPlan
 from veil.common.schedule import ReleaseKind
@@ -36,30 +39,57 @@ STATEMENT = "statement"
 """The action of a query message that asks a site to state, signed, what it did in a run; its content is the offer's."""
 
 
+_LARGEST_HALF = float(np.finfo(np.float16).max)
+_SENT = ("int8", "int16", "int32", "int64", "float16", "float32")
+_POINTS = tuple(np.dtype(f"int{bits}") for bits in (8, 16, 32))
+
+
 class WireError(ValueError):
     """A message that is not what this version of Veil sends."""
 
 
-def encode_adapter(adapter: Adapter) -> ArrayRecord:
-    """The adapter as named arrays."""
-    return ArrayRecord({name: Array(np.ascontiguousarray(t)) for name, t in sorted(adapter.tensors.items())})
-
-
-def decode_adapter(record: ArrayRecord) -> Adapter:
-    """The inverse of `encode_adapter`.
+def encode_adapter(adapter: Adapter, bits: int = 32) -> ArrayRecord:
+    """The adapter as named arrays, in floating point of so many bits.
 
     Raises:
-        WireError: for arrays that are not float32 or not finite.
+        RunError: for a number that 16 bits cannot hold.
+    """
+    for name, tensor in adapter.tensors.items():
+        largest = float(np.abs(tensor).max(initial=0.0))
+        if bits == 16 and largest > _LARGEST_HALF:
+            raise RunError(
+                f"{name} with {largest:.4g} in 16 bits",
+                f"at most {_LARGEST_HALF:.0f}",
+                "set wire.adapter_bits = 32, or lower training.learning_rate",
+            )
+    arrays = {name: np.ascontiguousarray(t, dtype=f"float{bits}") for name, t in sorted(adapter.tensors.items())}
+    return ArrayRecord({name: Array(array) for name, array in arrays.items()})
+
+
+def decode_adapter(record: ArrayRecord, bits: int = 32) -> Adapter:
+    """The inverse of `encode_adapter`, up to its rounding.
+
+    Raises:
+        WireError: for arrays of another width, or not finite.
     """
     tensors = {name: _numpy(array) for name, array in record.items()}
     for name, tensor in tensors.items():
-        if tensor.dtype != np.float32 or not np.isfinite(tensor).all():
-            raise WireError(f"adapter tensor {name} of {tensor.dtype}; expected finite float32")
-    return Adapter(tensors=tensors)
+        if tensor.dtype != np.dtype(f"float{bits}") or not np.isfinite(tensor).all():
+            raise WireError(f"adapter tensor {name} of {tensor.dtype}; expected finite float{bits}")
+    return Adapter(tensors={name: tensor.astype(np.float32, copy=False) for name, tensor in tensors.items()})
+
+
+def _adapter_bits(plan: RunPlan, kind: ReleaseKind) -> int:
+    """An evaluation judges the very adapter that the coordinator keeps."""
+    return 32 if kind is ReleaseKind.EVALUATION else plan.wire.adapter_bits
 
 
 def encode_request(request: RoundRequest) -> RecordDict:
-    """The content of a train message."""
+    """The content of a train message, the adapter as wide as the plan says.
+
+    Raises:
+        RunError: for an adapter that does not fit.
+    """
     config: dict[str, Any] = {
         "plan": request.plan.public().to_json(),
         "job": request.job,
@@ -69,7 +99,14 @@ def encode_request(request: RoundRequest) -> RecordDict:
     }
     if request.witness:
         config["witness"] = request.witness
-    return RecordDict({ARRAYS: encode_adapter(request.adapter), CONFIG: ConfigRecord(config)})
+    arrays = encode_adapter(request.adapter, _adapter_bits(request.plan, request.kind))
+    return RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord(config)})
+
+
+def addressed(content: RecordDict, witness: str) -> RecordDict:
+    """A train message's content for one site, with the last line seen of its ledger; the arrays are shared."""
+    config = ConfigRecord({**content.config_records[CONFIG], **({"witness": witness} if witness else {})})
+    return RecordDict({ARRAYS: content.array_records[ARRAYS], CONFIG: config})
 
 
 def decode_request(content: RecordDict) -> RoundRequest:
@@ -80,12 +117,13 @@ def decode_request(content: RecordDict) -> RoundRequest:
     """
     config = _config(content)
     try:
+        plan, kind = RunPlan.from_json(str(config["plan"])), ReleaseKind(str(config["kind"]))
         return RoundRequest(
-            plan=RunPlan.from_json(str(config["plan"])),
+            plan=plan,
             job=_job(config["job"]),
             round=_integer(config["round"]),
-            kind=ReleaseKind(str(config["kind"])),
-            adapter=decode_adapter(content.array_records[ARRAYS]),
+            kind=kind,
+            adapter=decode_adapter(content.array_records[ARRAYS], _adapter_bits(plan, kind)),
             nominal_units=float(str(config["nominal-units"])),
             witness=_digest(config.get("witness", "")),
         )
@@ -112,7 +150,7 @@ def encode_reply(reply: RoundReply) -> RecordDict:
 
 
 def decode_reply(content: RecordDict) -> RoundReply:
-    """The inverse of `encode_reply`.
+    """The inverse of `encode_reply`; whether the width is the plan's, `validation` knows.
 
     Raises:
         WireError: when a part is missing or of the wrong type.
@@ -124,8 +162,8 @@ def decode_reply(content: RecordDict) -> RoundReply:
         if "refusal" in config:
             return RoundReply(site=site, job=job, round=round_, refusal=RefusalCode(str(config["refusal"])), head=head)
         points = {name: _numpy(array) for name, array in content.array_records[ARRAYS].items()}
-        if any(p.dtype != np.int64 for p in points.values()):
-            raise WireError("an update holds int64 lattice points only")
+        if any(p.dtype not in _POINTS for p in points.values()):
+            raise WireError("an update holds lattice points of int8, int16 or int32 only")
         update = Update(points=points, spacing=float(str(config["spacing"])))
         units = _integer(config["units"]) if "units" in config else None
         return RoundReply(site=site, job=job, round=round_, update=update, head=head, units=units)
@@ -214,10 +252,23 @@ def _integer(value: object) -> int:
     return value
 
 
+@lru_cache(maxsize=64)
+def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """What numpy writes before such an array: reading it by comparison spares parsing it as Python, once an array."""
+    header = io.BytesIO()
+    fields = {"descr": npy.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    npy.write_array_header_1_0(header, fields)
+    return header.getvalue()
+
+
 def _numpy(array: Array) -> NDArray[Any]:
     """The array's numbers, never through pickle."""
     if array.stype != "numpy.ndarray":
         raise WireError(f"array of type {array.stype}; expected numpy.ndarray")
+    if array.dtype in _SENT and all(isinstance(length, int) and length >= 0 for length in array.shape):
+        plain, header = np.dtype(array.dtype), _npy_header(array.dtype, tuple(array.shape))
+        if array.data.startswith(header) and len(array.data) == len(header) + plain.itemsize * math.prod(array.shape):
+            return np.frombuffer(array.data, plain, offset=len(header)).reshape(array.shape)
     try:
         numbers: NDArray[Any] = np.load(io.BytesIO(array.data), allow_pickle=False)
     except Exception as error:  # hostile bytes fail inside numpy in many ways, MemoryError among them

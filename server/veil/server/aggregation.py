@@ -16,14 +16,14 @@ from flwr.serverapp.strategy.multikrum import select_multikrum
 from numpy.typing import NDArray
 
 from veil.common.plan import Cohort
-from veil.common.update import Update, sum_points
+from veil.common.update import Points, Update, doublings, finest, sum_points
 
 
 def aggregate(updates: list[Update], cohort: Cohort) -> dict[str, NDArray[np.float64]]:
     """The sum over sites, by the plan's rule.
 
     Args:
-        updates: one of each site, of equal shapes and spacing; their order does not matter.
+        updates: one of each site, of equal shapes, each on its own lattice; their order does not matter.
         cohort: names the rule (`sum`; coordinate-wise `median`, Yin et al. 2018; `trimmed-mean`, ibid.; `krum`,
             Blanchard et al. 2017, in its multi form) and how many sites it is to withstand.
     """
@@ -32,10 +32,17 @@ def aggregate(updates: list[Update], cohort: Cohort) -> dict[str, NDArray[np.flo
     if cohort.aggregation == "krum":
         chosen = _multikrum(updates, cohort.malicious_sites)
         return {name: total * (len(updates) / len(chosen)) for name, total in sum_points(chosen).items()}
+    unit = finest(updates)
     stacks = {
-        name: np.stack([update.points[name] * update.spacing for update in updates]) for name in updates[0].points
+        name: np.stack([_rescaled(one.points[name], one.spacing, unit) for one in updates])
+        for name in updates[0].points
     }
-    return {name: len(updates) * _middle(stack, cohort) for name, stack in stacks.items()}
+    return {name: len(updates) * _middle(stack, cohort) * unit for name, stack in stacks.items()}
+
+
+def _rescaled(points: Points, spacing: float, unit: float) -> NDArray[np.float64]:
+    """In units of a finer lattice: integers, whose float64 sums are exact below 2⁵³."""
+    return np.ldexp(points.astype(np.float64), doublings(spacing, unit))
 
 
 def _middle(stack: NDArray[np.float64], cohort: Cohort) -> NDArray[np.float64]:

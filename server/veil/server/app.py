@@ -66,6 +66,7 @@ def server_app(
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
+        resumed = bool(state.records)
         strategy = SumOfUpdates(plan=plan, job=job, state=state, watch=watch, site_of=site_of)
         strategy.start(
             grid=grid,
@@ -80,7 +81,9 @@ def server_app(
                 records=tuple(state.records),
                 estimated_units=state.descent.units,
                 evaluation=state.evaluation,
-                evidence=ask_for_statements(grid, plan, job, site_of=site_of, keys=keys),
+                evidence=ask_for_statements(
+                    grid, plan, job, site_of=site_of, keys=keys, nodes=None if resumed else strategy.asked
+                ),
             )
         )
 

@@ -70,6 +70,11 @@ class Descent:
         """Public number of units per site."""
         return max(1.0, self.units / self.sites)
 
+    @property
+    def asked(self) -> int:
+        """How many sites a training round asks."""
+        return min(self.sites, self.plan.cohort.sites_per_round or self.sites)
+
     def expected_shape(self, release: Release) -> tuple[str, tuple[int, ...]]:
         """Name and shape of the one tensor that an update of this release holds."""
         if release.kind is ReleaseKind.CENTRE:
@@ -79,12 +84,17 @@ class Descent:
         return WEIGHT, (self.weight.shape[0], self.weight.shape[1])
 
     def apply(self, release: Release, updates: list[Update]) -> None:
-        """Take one training round's updates in; their order does not matter."""
+        """Take one training round's updates in; their order does not matter.
+
+        A change (dp-fedavg) is counted from the adapter as it travelled, and added to the exact one: what
+        `wire.adapter_bits` rounds away is then missing in one round only, and does not add up over rounds.
+        """
         sums = aggregate(updates, self.plan.cohort)
         if release.kind is ReleaseKind.CENTRE:
             self._set_centre(release, sums[CENTRE], len(updates))
         elif release.kind is ReleaseKind.GRADIENT:
-            self.weight = self.weight - learning_rate(self.plan, self) / self.units * sums[WEIGHT]
+            seen = self.units * self.asked / self.sites
+            self.weight = self.weight - learning_rate(self.plan, self) / seen * sums[WEIGHT]
         else:
             self.weight = self.weight + sums[WEIGHT] / len(updates)
 
@@ -112,12 +122,13 @@ def shrink(mean: NDArray[np.float64], deviation: float) -> NDArray[np.float64]:
 def learning_rate(plan: RunPlan, state: Descent) -> float:
     """The plan's rate, or the public rule: as large as keeps the weights' accumulated noise at κ, but capped.
 
-    After T rounds with per-round noise C·σ₁√T on each of K sites' sums, the weights carry noise of length
-    rate/units · C·σ₁·√K·T·√(classes·(d+1)); σ₁ is the σ of a single release for the same budget.
+    After T rounds with per-round noise C·σ₁√T on the sums of k out of K sites, the weights carry noise of length
+    rate/units · C·σ₁·K/√k·T·√(classes·(d+1)); σ₁ is the σ of a single release for the same budget.
     """
     if plan.training.learning_rate is not None:
         return plan.training.learning_rate
     bound = plan.privacy.max_grad_norm
     cap = min(RATE_CAP, max(RATE_FLOOR, RATE_CAP / bound))
-    noise = bound * gaussian_sigma(plan.privacy.budget) * math.sqrt(state.sites * state.weight.size)
+    sites = state.sites**2 / state.asked
+    noise = bound * gaussian_sigma(plan.privacy.budget) * math.sqrt(sites * state.weight.size)
     return min(cap, WEIGHT_NOISE * state.units / (noise * plan.training.rounds))

@@ -33,7 +33,6 @@ def build_run_report(plan: RunPlan, job: str, state: RunState, seconds: dict[str
         seconds: time by phase.
     """
     names = sorted(set(state.cohort) | set(state.declined))
-    last = last_training(state.records)
     return {
         "name": plan.name,
         "job": job,
@@ -65,17 +64,19 @@ def build_run_report(plan: RunPlan, job: str, state: RunState, seconds: dict[str
         ],
         "estimated_units": state.descent.units,
         "timing": seconds,
-        "bytes": {
-            "per_round_per_site": last.bytes_down + last.bytes_up,
-            "down": last.bytes_down,
-            "up": last.bytes_up,
-        },
+        "bytes": wire_bytes(state.records),
     }
 
 
-def last_training(records: Sequence[RoundRecord]) -> RoundRecord:
-    """The last round that moved the model: what a round sends is told by it."""
-    return [record for record in records if record.kind is not ReleaseKind.EVALUATION][-1]
+def wire_bytes(records: Sequence[RoundRecord]) -> dict[str, int]:
+    """What a site receives and sends: in a round, told by the last one that moved the model, and in all rounds."""
+    last = [record for record in records if record.kind is not ReleaseKind.EVALUATION][-1]
+    return {
+        "per_round_per_site": last.bytes_down + last.bytes_up,
+        "down": last.bytes_down,
+        "up": last.bytes_up,
+        "total_per_site": sum(record.bytes_down + record.bytes_up for record in records),
+    }
 
 
 def evaluation_report(plan: RunPlan, replies: Mapping[str, Sequence[int]]) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ nobody up for longer than the time given; what a statement says is not judged he
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from flwr.app import Message
@@ -48,6 +48,7 @@ def ask_for_statements(
     *,
     site_of: Callable[[int], str] | None,
     keys: Mapping[str, bytes] | None = None,
+    nodes: Collection[int] | None = None,
     timeout_s: float = STATEMENT_S,
 ) -> Evidence:
     """Ask every site of a grid.
@@ -58,10 +59,12 @@ def ask_for_statements(
         job: the run.
         site_of: the enrolled site behind a Flower node; without it, a statement's own word for its site is taken.
         keys: public keys of enrolled sites, PEM; a statement signed with another one is not taken.
+        nodes: the only ones to ask, where it is known that no other took part.
         timeout_s: after which a site counts as silent.
     """
     content = encode_offer(Offer(plan=plan, job=job))
-    silent = {node: site_of(node) if site_of else f"node {node}" for node in grid.get_node_ids()}
+    asked = grid.get_node_ids() if nodes is None else sorted(nodes)
+    silent = {node: site_of(node) if site_of else f"node {node}" for node in asked}
     messages = [Message(content, node, f"query.{STATEMENT}") for node in silent]
     said = Evidence()
     for reply in grid.send_and_receive(messages, timeout=timeout_s) if messages else ():

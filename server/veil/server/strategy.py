@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
@@ -20,8 +21,10 @@ from veil.common.errors import RefusalCode, RunError
 from veil.common.exchange import RoundRequest
 from veil.common.plan import RunPlan
 from veil.common.schedule import Release, ReleaseKind, schedule
-from veil.common.update import Update
+from veil.common.update import Update, doublings
 from veil.common.wire import (
+    CONFIG,
+    addressed,
     decode_reply,
     encode_adapter,
     encode_request,
@@ -35,6 +38,9 @@ _log = logging.getLogger(__name__)
 
 class SumOfUpdates(FedAvg):
     """Ask every site of the cohort, check each reply, sum.
+
+    Attributes:
+        asked: the nodes that were asked so far.
 
     Args:
         plan: the run's plan.
@@ -59,6 +65,7 @@ class SumOfUpdates(FedAvg):
         self.plan, self.job, self.state = plan, job, state
         self.releases = schedule(plan)[len(state.records) :]
         self._watch, self._site_of = watch, site_of
+        self.asked: set[int] = set()
         self._asked_at = 0.0
         self._bytes_down = 0
 
@@ -80,11 +87,25 @@ class SumOfUpdates(FedAvg):
         )
         self._asked_at = time.monotonic()
         messages = list(super().configure_train(server_round, arrays, config, grid))
+        content = encode_request(request)
         for message in messages:
-            seen = self.state.heads.get(self._name(message.metadata.dst_node_id), "")
-            message.content = encode_request(replace(request, witness=seen))
-            self._bytes_down = payload_bytes(message.content)
+            message.content = addressed(content, self.state.heads.get(self._name(message.metadata.dst_node_id), ""))
+        self._bytes_down = payload_bytes(messages[-1].content) if messages else 0
         return messages
+
+    def _construct_messages(self, record: RecordDict, node_ids: list[int], message_type: str) -> Iterable[Message]:
+        chosen = self._drawn(self.releases[int(str(record.config_records[CONFIG]["server-round"])) - 1], node_ids)
+        self.asked.update(chosen)
+        return super()._construct_messages(record, chosen, message_type)
+
+    def _drawn(self, release: Release, nodes: list[int]) -> list[int]:
+        """The nodes that a training round asks, by the public seed; what comes once a run asks everybody."""
+        asked = self.plan.cohort.sites_per_round
+        if asked is None or asked >= len(nodes) or release.kind in (ReleaseKind.CENTRE, ReleaseKind.EVALUATION):
+            return nodes
+        ordered = sorted(nodes, key=self._name)
+        order = np.random.default_rng([self.plan.seed, release.round]).permutation(len(ordered))
+        return [ordered[place] for place in sorted(order[:asked])]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -100,7 +121,7 @@ class SumOfUpdates(FedAvg):
         if len(intake.accepted) < self.plan.cohort.min_sites:
             raise _too_few(release, len(intake.accepted), self.plan.cohort.min_sites, intake.refusals)
         if release.kind is ReleaseKind.EVALUATION:
-            state.evaluation = {name: _points(intake.accepted[name]) for name in sorted(intake.accepted)}
+            state.evaluation = {name: _points(intake.accepted[name], release) for name in sorted(intake.accepted)}
         else:
             state.descent.apply(release, [intake.accepted[name] for name in sorted(intake.accepted)])
         state.records.append(
@@ -117,9 +138,10 @@ class SumOfUpdates(FedAvg):
         self._watch(state)
         return encode_adapter(state.descent.adapter), None
 
-    def _most_units(self, site: str) -> float | None:
-        """How many units a site may have: by its own noisy count, or, without one, as many as any site."""
-        counts = self.state.units
+    def _most_units(self, site: str, release: Release) -> float | None:
+        """How many units a site may have: by its own noisy count, or, without one, as many as any site; where they are
+        still being counted, as many as the plan allows."""
+        counts = {} if release.kind is ReleaseKind.CENTRE else self.state.units
         return counts.get(site, max(counts.values(), default=None))
 
     def _name(self, node_id: int) -> str:
@@ -130,7 +152,7 @@ class SumOfUpdates(FedAvg):
         try:
             reply = decode_reply(message.content)
             site = node if self._site_of else reply.site
-            update = validate(reply, self.job, release, self.state.descent, units=self._most_units(site))
+            update = validate(reply, self.job, release, self.state.descent, units=self._most_units(site, release))
             size = payload_bytes(message.content)
         except Exception:  # hostile content fails in many ways
             _log.warning("%s sent what cannot be taken", node, exc_info=True)
@@ -161,9 +183,11 @@ class _Intake:
     bytes_up: int = 0
 
 
-def _points(update: Update) -> tuple[int, ...]:
+def _points(update: Update, release: Release) -> tuple[int, ...]:
+    """In units of the release's own spacing."""
     (points,) = update.points.values()
-    return tuple(points.tolist())
+    step = 2 ** doublings(update.spacing, release.spacing)
+    return tuple(point * step for point in points.tolist())
 
 
 def _too_few(release: Release, replies: int, needed: int, refusals: dict[str, str]) -> RunError:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether a reply may touch the model: its job, round, tensor, shape, lattice and length.
 
-Promises that no reply weighs more than the largest site the plan allows for, and that an honest reply passes: the
-chance that its noise alone exceeds the bound is below 1e-8.
+Promises that no reply weighs more than the largest site the plan allows for, but for the rounding that such a site's
+own update would see (at most twice as much), and that an honest reply passes: the chance that its noise alone exceeds
+the bound is below 1e-8.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 
 from veil.common.exchange import RoundReply
 from veil.common.schedule import CENTRE_NORM, COUNT_WEIGHT, DEFAULT_LOCAL_RATE, Release, ReleaseKind
-from veil.common.update import Update
+from veil.common.update import Points, Update, doublings
 from veil.common.wire import WireError
 from veil.server.descent import Descent
 
@@ -33,7 +34,8 @@ def validate(reply: RoundReply, job: str, release: Release, descent: Descent, *,
         units: the site's own noisy count of units, None when it released none.
 
     Raises:
-        WireError: for another job or round, a tensor that is not the one asked for, or one that is too long.
+        WireError: for another job or round, a tensor that is not the one asked for, integers of another width, a
+            lattice that is not the plan's or coarser than it need be, or an update that is too long.
     """
     if reply.update is None:
         return None
@@ -42,22 +44,42 @@ def validate(reply: RoundReply, job: str, release: Release, descent: Descent, *,
     name, shape = descent.expected_shape(release)
     if set(reply.update.points) != {name} or reply.update.points[name].shape != shape:
         raise WireError(f"an update of other tensors than {name} {shape}")
-    if reply.update.spacing != release.spacing:
-        raise WireError("an update on another lattice")
-    numbers = reply.update.points[name].astype(np.float64) * reply.update.spacing
-    bound = longest(release, descent, numbers.size, units)
-    if not float(np.linalg.norm(numbers)) <= bound:
-        raise WireError(f"an update of length {float(np.linalg.norm(numbers)):.4g}, above {bound:.4g}")
+    length = shortest(reply.update.points[name], reply.update.spacing, release)
+    bound = longest(release, descent, math.prod(shape), units)
+    if not length <= bound:
+        raise WireError(f"an update of length {length:.4g}, above {bound:.4g}")
     return reply.update
 
 
+def shortest(points: Points, spacing: float, release: Release) -> float:
+    """Length of the shortest update that `Update.narrowed` turns into these points.
+
+    A coarse lattice wins nothing: no number was further than half a step from its point, and the largest one did not
+    fit on a lattice half as wide.
+
+    Raises:
+        WireError: for points that it cannot have made.
+    """
+    if points.dtype != np.dtype(f"int{release.update_bits}"):
+        raise WireError(f"an update of {points.dtype}; expected int{release.update_bits}")
+    try:
+        k = doublings(spacing, release.spacing)
+    except ValueError as error:
+        raise WireError(f"an update on another lattice: {error}") from None
+    sizes = np.abs(points.astype(np.float64))
+    if k and sizes.max(initial=0.0) < 2 ** (release.update_bits - 2):
+        raise WireError(f"an update on a lattice {2**k} times as wide, which its numbers do not need")
+    return float(np.linalg.norm(np.maximum(sizes - 0.5, 0.0) if k else sizes)) * spacing
+
+
 def counted_units(update: Update, release: Release) -> float | None:
-    """A site's noisy number of units plus what its noise may hide, from its centring release; None for other kinds."""
+    """A site's noisy number of units plus what noise and rounding may hide, from its centring release; None for other
+    kinds."""
     if release.kind is not ReleaseKind.CENTRE:
         return None
     (points,) = update.points.values()
     deviation = release.mechanism.noise_multiplier * CENTRE_NORM
-    return max(1.0, (float(points[-1]) * update.spacing + _DEVIATIONS * deviation) / COUNT_WEIGHT)
+    return max(1.0, ((float(points[-1]) + 0.5) * update.spacing + _DEVIATIONS * deviation) / COUNT_WEIGHT)
 
 
 def longest(release: Release, descent: Descent, size: int, units: float | None) -> float:

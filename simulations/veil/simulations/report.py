@@ -16,7 +16,7 @@ from typing import Any
 
 from veil.common.plan import RunPlan
 from veil.common.privacy import NeighboringRelation, PrivacySpent
-from veil.server.run_report import evaluation_report, last_training
+from veil.server.run_report import evaluation_report, wire_bytes
 from veil.server.state import RoundRecord
 from veil.simulations.evaluation import Scores
 
@@ -88,7 +88,6 @@ class SimulationResult:
 def build_report(result: SimulationResult) -> dict[str, Any]:
     """The document; infinite ε is null, as JSON has no infinity."""
     plan = result.plan
-    last = last_training(result.records)
     return {
         "name": plan.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -116,11 +115,7 @@ def build_report(result: SimulationResult) -> dict[str, Any]:
         "rounds": [_round(record, point) for record, point in zip(result.records, result.curve, strict=True)],
         "estimated_units": result.estimated_units,
         "timing": result.timing,
-        "bytes": {
-            "per_round_per_site": last.bytes_down + last.bytes_up,
-            "down": last.bytes_down,
-            "up": last.bytes_up,
-        },
+        "bytes": wire_bytes(result.records),
     }
 
 

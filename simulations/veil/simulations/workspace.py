@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -100,8 +101,9 @@ class Workspace:
             ledger.copy_to(path)
 
     def __call__(self, context: Context) -> Site:
-        """The site of a Flower node, by its partition number."""
-        return _open(self.folder, int(str(context.node_config["partition-id"])))
+        """The site of a Flower node, by its partition number; one thread at a time, so that each is opened once."""
+        with _opening:
+            return _open(self.folder, int(str(context.node_config["partition-id"])))
 
 
 def close_workspaces() -> None:
@@ -113,6 +115,7 @@ def close_workspaces() -> None:
         cached.cache_clear()
 
 
+_opening = threading.Lock()
 _opened: set[Path] = set()
 
 
