@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export FLWR_TELEMETRY_ENABLED = 0
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help install install-dev demo federation test check bench clean
+.PHONY: help install install-dev demo federation test check bench accuracy clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,7 +37,7 @@ federation: install ## a coordinator and three agents as processes over TLS; wri
 	$(BIN)/veil rehearse --output runs/federation
 
 test: install-dev ## everything that decides whether a change is good
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: install-dev ## formatting, lint, types, arrows
 	$(BIN)/ruff format --check .
@@ -45,7 +45,12 @@ check: install-dev ## formatting, lint, types, arrows
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: install-dev ## the accuracy study of benchmarks/RESULTS.md (half an hour; DATASETS=folder for more than the demo)
+bench: install-dev ## speed beside other simulators, each in an environment of its own (half an hour on two cores)
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/many_sites.py
+	$(BIN)/python benchmarks/speed/run.py
+
+accuracy: install-dev ## the accuracy study of benchmarks/RESULTS.md (half an hour; DATASETS=folder for more than the demo)
 	$(BIN)/python benchmarks/accuracy.py $(if $(DATASETS),--datasets $(DATASETS))
 
 clean: ## remove .venv and runs
