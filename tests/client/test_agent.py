@@ -42,7 +42,7 @@ from veil.common.wire import (
     encode_statement_reply,
 )
 
-UPDATE = Update(points={WEIGHT: np.zeros((2, 3), np.int64)}, spacing=1.0)
+UPDATE = Update(points={WEIGHT: np.zeros((2, 3), np.int32)}, spacing=1.0)
 RELEASED = RoundReply(site="Ulm", job="study", round=1, update=UPDATE, head="a" * 64)
 BUNDLED = 13
 """The run that carries a bundle."""
@@ -297,7 +297,7 @@ def test_the_status_file_says_what_was_done(scene: Scene) -> None:
 
 
 def test_the_status_file_and_the_log_hold_no_part_of_an_answer(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
-    update = Update(points={WEIGHT: np.full((2, 3), 48_151_623, np.int64)}, spacing=1.0)
+    update = Update(points={WEIGHT: np.full((2, 3), 48_151_623, np.int32)}, spacing=1.0)
     answer = RoundReply(site="Ulm", job="study", round=1, update=update, units=4_815_162, head="b" * 64)
     scene.run(Desk(encode_reply(answer)), Line([message()], scene.stop))
     said = caplog.text + scene.status_file.read_text(encoding="utf-8")

@@ -18,8 +18,9 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.supercore.task_identity import TaskIdentity
 
 from veil.client.app import client_app
-from veil.client.executor import PING, serve
+from veil.client.executor import serve
 from veil.client.site import Site
+from veil.client.workbench import PING
 from veil.common.exchange import RoundRequest
 from veil.common.plan import RunPlan
 from veil.common.wire import decode_reply, encode_request

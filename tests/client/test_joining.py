@@ -12,8 +12,8 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
-from veil.client.joining import SITE_FILE, join
-from veil.client.site_file import read_site_file
+from veil.client.joining import join
+from veil.client.site_file import SITE_FILE, read_site_file
 from veil.common.errors import InputError, RunError
 from veil.common.invitation import ENROL_PATH, Application, Invitation
 from veil.common.keys import NodeKey

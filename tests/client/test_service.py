@@ -105,7 +105,7 @@ def test_all_parts_work_and_end_together(make_home: MakeHome, fake_executor: str
 def test_without_addresses_nothing_is_served_to_others(
     make_home: MakeHome, fake_executor: str, benches: list[Workbench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "serve_metrics", lambda *_: pytest.fail("no metrics were asked for"))
+    monkeypatch.setattr("veil.client.metrics.serve_metrics", lambda *_: pytest.fail("no metrics were asked for"))
     with running(make_home(), fake_executor):
         wait_until("the executor", lambda: bool(benches) and benches[0].pid is not None)
 
@@ -113,7 +113,9 @@ def test_without_addresses_nothing_is_served_to_others(
 def test_an_executor_that_does_not_start_ends_the_agent_before_the_coordinator_hears_of_it(
     make_home: MakeHome, fake_executor: str, benches: list[Workbench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "Connection", lambda *_: pytest.fail("the coordinator must not hear of it"))
+    monkeypatch.setattr(
+        "veil.client.connection.Connection", lambda *_: pytest.fail("the coordinator must not hear of it")
+    )
     home = make_home()
     with pytest.raises(RunError, match="the executor does not start"):
         serve_site(home / "site.toml", read_site_file(home / "site.toml"), threading.Event(), executor="no_such_module")

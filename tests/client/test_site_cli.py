@@ -435,7 +435,8 @@ LOOK = """
 import sys
 from veil.simulations.cli import run_command
 assert run_command(sys.argv[1:]) == 0
-loaded = {"torch", "flwr", "opacus", "transformers"} & set(sys.modules)
+heavy = {"torch", "flwr", "opacus", "transformers", "pandas", "pyarrow", "sqlalchemy", "sklearn", "httpx", "grpc"}
+loaded = (heavy | ({"rich", "pydantic", "numpy"} if "--help" in sys.argv else set())) & set(sys.modules)
 sys.exit(f"brings {sorted(loaded)}" if loaded else 0)
 """
 

@@ -221,11 +221,13 @@ def test_what_is_no_ledger_is_refused(tmp_path: Path, key: NodeKey) -> None:
         verify(tmp_path / "ledger.sqlite", "Ulm", key.public_pem)
 
 
-WITHOUT = """
+HEAVY = ("torch", "flwr", "opacus", "transformers", "pandas", "pyarrow", "sqlalchemy", "httpx", "dp_accounting")
+WITHOUT = f"""
 import sys
+HEAVY = {HEAVY!r}
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "flwr", "opacus", "transformers"):
+        if name.partition(".")[0] in HEAVY:
             raise ModuleNotFoundError(name + " is not installed", name=name)
 sys.meta_path.insert(0, Absent())
 from veil.simulations.cli import main

@@ -54,6 +54,26 @@ def test_a_question_is_answered_by_one_executor_that_stays(open_bench: Callable[
     assert bench.pid == pid is not None
 
 
+def test_an_executor_begun_is_the_one_that_answers(open_bench: Callable[..., Workbench]) -> None:
+    bench = open_bench()
+    bench.begin()
+    pid = bench.pid
+    assert bench.ask(b"abc") == b"cba"
+    assert bench.pid == pid is not None
+
+
+def test_one_begun_that_ended_before_it_answered_is_lost_once(open_bench: Callable[..., Workbench]) -> None:
+    """A site that cannot be opened says so once: nothing is started behind the first failure."""
+    bench = open_bench()
+    bench.begin()
+    pid = bench.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    assert not bench.works()
+    assert bench.pid is None
+    assert bench.ask(b"abc") == b"cba"
+
+
 def test_the_executor_is_told_which_site(open_bench: Callable[..., Workbench], tmp_path: Path) -> None:
     assert open_bench().ask(b"site") == str(tmp_path / "site.toml").encode()
 

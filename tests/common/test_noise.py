@@ -22,7 +22,16 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from scipy.stats import kstest, spearmanr
 
-from veil.common.noise import LATTICE_BITS, NoiseSource, OSNoise, clip_bound, polar_gaussian, privatize, spacing
+from veil.common.noise import (
+    LATTICE_BITS,
+    DrawnAhead,
+    NoiseSource,
+    OSNoise,
+    clip_bound,
+    polar_gaussian,
+    privatize,
+    spacing,
+)
 from veil.simulations.unprivate_noise import FixedNoise, NoNoise
 
 Floats = NDArray[np.float64]
@@ -147,6 +156,21 @@ def test_a_pair_of_the_polar_method_is_a_normal_pair() -> None:
     assert spearmanr(halves, angles).pvalue > 1e-3
     assert kstest(1.1 * halves, "expon").pvalue < 1e-3
     assert kstest(angles**1.1, "uniform").pvalue < 1e-3
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000, 200_000])
+def test_numbers_drawn_ahead_are_the_source_s_and_none_comes_twice(size: int) -> None:
+    """Eight steps, of which the first few are drawn in one piece; what was not asked for is never drawn."""
+    asked: list[int] = []
+
+    class Counting(OSNoise):
+        def gaussian(self, count: int) -> Floats:
+            asked.append(count)
+            return super().gaussian(count)
+
+    ahead = DrawnAhead(Counting(), 8 * size)
+    drawn = np.concatenate([ahead.gaussian(size) for _ in range(8)])
+    assert len(np.unique(drawn)) == len(drawn) == 8 * size == sum(asked)
 
 
 def test_no_seed_enters() -> None:

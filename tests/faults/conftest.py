@@ -32,7 +32,8 @@ from veil.simulations.deployment import Deployment, free_ports
 COLUMNS = ("age", "pulse", "weight", "height")
 SITES = ("Aachen", "Bonn", "Celle")
 LABELS = {"well": "well", "ill": "ill"}
-FINISH_S = 90.0
+FINISH_S = 180.0
+"""Deadline on a machine that has more to do; whatever fails, fails before."""
 
 
 def children(pid: int) -> dict[str, int]:
@@ -76,8 +77,12 @@ class Clinics:
 
     def reach(self, job: Job, rounds: int) -> None:
         """Wait until so many rounds are in the checkpoint."""
-        self.deployment.wait_for(lambda: job.status.rounds_done >= rounds, f"round {rounds}", FINISH_S)
-        assert not job.status.phase.over, "the fault would come after the end"
+
+        def reached() -> bool:
+            return job.status.rounds_done >= rounds or job.status.phase.over
+
+        self.deployment.wait_for(reached, f"round {rounds}", FINISH_S)
+        assert not job.status.phase.over, f"the fault would come after the end: {job.status.message}"
 
     def finish(self, job: Job) -> RunState:
         """Wait for the end, which must be a good one; every ledger must tell at least what the coordinator has."""
@@ -139,9 +144,7 @@ class Clinics:
         """Let every process that should be there be there again."""
         if "coordinator" not in self.deployment.processes:
             self.deployment.start_coordinator()
-        for name in self.deployment.sites:
-            if name not in self.deployment.processes:
-                self.restart(name)
+        self.restart(*(name for name in self.deployment.sites if name not in self.deployment.processes))
 
     def at_work(self) -> None:
         """Wait until every site is connected and its executor answers: health says working, not process up."""
@@ -149,15 +152,20 @@ class Clinics:
         addresses = [file.agent.health_address for file in self.deployment.sites.values()]
         self.deployment.wait_for(lambda: all(map(serving, addresses)), "every site at work", FINISH_S)
 
-    def restart(self, name: str) -> None:
-        """Start a site and wait for its own word: Flower counts a killed one as connected for a while."""
+    def restart(self, *names: str) -> None:
+        """Start sites and wait for each one's own word: Flower counts a killed one as connected for a while."""
 
-        def connections() -> int:
-            return self.deployment.log(name).count("connected to the coordinator")
+        def connections() -> list[int]:
+            return [self.deployment.log(name).count("connected to the coordinator") for name in names]
 
         before = connections()
-        self.deployment.start_site(name)
-        self.deployment.wait_for(lambda: connections() > before, f"{name} connected", FINISH_S)
+        for name in names:
+            self.deployment.start_site(name)
+
+        def all_are_back() -> bool:
+            return all(now > then for now, then in zip(connections(), before, strict=True))
+
+        self.deployment.wait_for(all_are_back, f"{names} connected", FINISH_S)
 
 
 def write_table(path: Path, seed: int, count: int = 60) -> Path:
@@ -176,7 +184,7 @@ def enrol(deployment: Deployment, name: str, *, limits: Limits = LIMITS, **agent
     table = write_table(deployment.folder / f"{name}.csv", seed=sum(map(ord, name)))
     data = {"table": str(table), "features": list(COLUMNS), "label": "outcome", "labels": LABELS}
     health = f"127.0.0.1:{free_ports(1)[0]}"
-    deployment.add_site(name, data=data, limits=limits, health_address=health, round_timeout_s=12.0, **agent)
+    deployment.add_site(name, data=data, limits=limits, health_address=health, round_timeout_s=30.0, **agent)
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,11 @@ class Cable:
                     near.close()
                     continue
                 near.settimeout(None)
-                far = socket.create_connection(("127.0.0.1", self._target))
+                try:
+                    far = socket.create_connection(("127.0.0.1", self._target))
+                except OSError:
+                    near.close()
+                    continue
                 self._pairs.append((near, far))
                 for one, other in ((near, far), (far, near)):
                     self._threads.append(threading.Thread(target=_pump, args=(one, other)))
@@ -72,9 +76,9 @@ def _pump(source: socket.socket, sink: socket.socket) -> None:
             one.shutdown(socket.SHUT_RDWR)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cable(clinics: Any) -> Iterator[Cable]:
-    """Celle's line to the coordinator."""
+    """Celle's line to the coordinator; whoever cuts it restores it."""
     opened = Cable(clinics.deployment.home.settings.port)
     move(clinics.deployment, opened.port)
     clinics.connected("Celle")
@@ -95,8 +99,20 @@ def move(deployment: Deployment, port: int) -> None:
     deployment.start_site("Celle")
 
 
+def test_an_expired_certificate_is_refused_by_every_site_and_exchanged_in_passing(
+    clinics: Any, within: Callable[[str, str], None]
+) -> None:
+    pki = clinics.deployment.home.folder / "pki"
+    issue_certificate(pki, ["127.0.0.1"], days=1, at=datetime.now(UTC) - timedelta(days=3))
+    for name in ("Aachen", "Bonn", "Celle"):
+        within(name, "certificate has expired")
+    issue_certificate(pki, ["127.0.0.1"])
+    clinics.connected("Aachen", "Bonn", "Celle")
+    clinics.finish(clinics.submit(clinics.plan(rounds=2)))
+
+
 def test_cut_and_restored_while_it_trains(clinics: Any, cable: Cable) -> None:
-    job = clinics.submit(clinics.plan(rounds=10, round_timeout_s=6))
+    job = clinics.submit(clinics.plan(rounds=10, round_timeout_s=10))
     clinics.reach(job, 2)
     cable.cut()
     clinics.deployment.wait_for(lambda: "cannot be reached" in clinics.deployment.log("Celle"), "the agent's word")
@@ -115,19 +131,7 @@ def test_cut_before_the_offer_is_answered(clinics: Any, cable: Cable) -> None:
     assert state.cohort == ("Aachen", "Bonn", "Celle")
 
 
-def test_an_expired_certificate_is_refused_by_every_site_and_exchanged_in_passing(
-    clinics: Any, within: Callable[[str, str], None]
-) -> None:
-    pki = clinics.deployment.home.folder / "pki"
-    issue_certificate(pki, ["127.0.0.1"], days=1, at=datetime.now(UTC) - timedelta(days=3))
-    for name in ("Aachen", "Bonn", "Celle"):
-        within(name, "certificate has expired")
-    issue_certificate(pki, ["127.0.0.1"])
-    clinics.connected("Aachen", "Bonn", "Celle")
-    clinics.finish(clinics.submit(clinics.plan(rounds=2)))
-
-
 @pytest.fixture
 def within(clinics: Any) -> Callable[[str, str], None]:
     """Wait until a process writes some words into its log."""
-    return lambda name, words: clinics.deployment.wait_for(lambda: words in clinics.deployment.log(name), words, 60)
+    return lambda name, words: clinics.deployment.wait_for(lambda: words in clinics.deployment.log(name), words)

@@ -35,14 +35,18 @@ VICTIMS = ("agent", "executor", "runner", "link", "coordinator")
 
 
 @pytest.mark.parametrize("victim", VICTIMS)
-def test_killed_while_the_run_is_offered_in_the_first_round_and_in_the_middle(clinics: Any, victim: str) -> None:
+def test_killed_while_the_run_is_offered_in_the_first_round_and_in_the_middle(
+    clinics: Any, victim: str, freeze: Callable[[int], None]
+) -> None:
+    """The run stays offered for as long as Celle does not answer."""
     clinics.at_work()
-    clinics.deployment.processes.pop("Celle").end()
+    celle = clinics.deployment.processes["Celle"].pid
+    freeze(celle)
     job = clinics.submit(clinics.plan(rounds=16))
     clinics.deployment.wait_for(lambda: job.status.sites.get("Bonn") == "ready", "Bonn's answer")
     assert job.status.phase.value == "offering"
     strike(clinics, victim)
-    clinics.deployment.start_site("Celle")
+    os.kill(celle, signal.SIGCONT)
     clinics.deployment.wait_for(lambda: job.status.phase is Phase.TRAINING, "the first round")
     strike(clinics, victim)
     clinics.reach(job, 4)

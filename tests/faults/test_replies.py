@@ -44,7 +44,7 @@ def zeros(request: RoundRequest) -> RoundReply:
     if name == CENTRE:
         shape = (shape[0] + 1,)
     mechanism = next(one.mechanism for one in schedule(request.plan) if one.round == request.round)
-    update = Update(points={name: np.zeros(shape, dtype=np.int64)}, spacing=spacing(mechanism.max_grad_norm))
+    update = Update(points={name: np.zeros(shape, dtype=np.int32)}, spacing=spacing(mechanism.max_grad_norm))
     return RoundReply(site="Dorsten", job=request.job, round=request.round, update=update)
 
 
@@ -87,15 +87,16 @@ def pickled(request: RoundRequest) -> RecordDict:
 def endless(request: RoundRequest) -> RecordDict:
     content = encode_reply(zeros(request))
     name = next(iter(content.array_records[ARRAYS]))
-    content[ARRAYS] = ArrayRecord({name: Array(dtype="int64", shape=(2**70,), stype="numpy.ndarray", data=b"")})
+    content[ARRAYS] = ArrayRecord({name: Array(dtype="int32", shape=(2**70,), stype="numpy.ndarray", data=b"")})
     return content
 
 
 LIES: dict[str, Answer] = {
     "empty": lambda request: RecordDict({CONFIG: ConfigRecord({"nothing": 1})}),
-    "wrong shape": points(lambda one: np.zeros(one.size + 1, dtype=np.int64)),
-    "too long": points(lambda one: np.full_like(one, 1 << 40)),
-    "oversized": points(lambda one: np.zeros(1 << 20, dtype=np.int64)),
+    "wrong shape": points(lambda one: np.zeros(one.size + 1, dtype=np.int32)),
+    "too long": points(lambda one: np.full_like(one, 2**31 - 1)),
+    "too wide": points(lambda one: one.astype(np.int64)),
+    "oversized": points(lambda one: np.zeros(1 << 20, dtype=np.int32)),
     "NaN": with_spacing(float("nan")),
     "infinite": with_spacing(float("inf")),
     "coarse": with_spacing(1.0),
@@ -105,7 +106,7 @@ LIES: dict[str, Answer] = {
     "stale round": lambda request: encode_reply(replace(zeros(request), round=request.round - 1)),
     "another run": lambda request: encode_reply(replace(zeros(request), job="another-run")),
     "another kind": lambda request: encode_reply(
-        replace(zeros(request), update=Update(points={"bias": np.zeros(3, dtype=np.int64)}, spacing=1.0))
+        replace(zeros(request), update=Update(points={"bias": np.zeros(3, dtype=np.int32)}, spacing=1.0))
     ),
 }
 

@@ -401,7 +401,8 @@ PROBE = """
 import sys
 from veil.simulations.cli import run_command
 code = run_command(sys.argv[1:])
-heavy = {"torch", "transformers", "pandas", "opacus"} | ({"flwr"} if "--help" in sys.argv else set())
+heavy = {"torch", "transformers", "pandas", "opacus", "dp_accounting", "flwr", "sqlalchemy", "fastapi", "httpx", "grpc"}
+heavy |= {"rich", "pydantic", "numpy"} if "--help" in sys.argv else set()
 print(sorted(heavy & set(sys.modules)), file=sys.stderr)
 sys.exit(code)
 """

@@ -72,8 +72,8 @@ from veil.common.keys import NodeKey
 from veil.common.supervision import Child
 from veil.common.wire import OFFER, decode_offer_reply, decode_reply
 from veil.server.enrolment import enrolment_router
-from veil.server.home import Home, Settings
-from veil.server.link import PULSE_PATH, link_app, open_link_state
+from veil.server.home import PULSE_PATH, Home, Settings
+from veil.server.link import link_app, open_link_state
 from veil.server.link_grid import LinkGrid
 from veil.server.link_server import MAX_BODY_BYTES
 from veil.server.pki import issue_certificate, make_authority

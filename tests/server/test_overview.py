@@ -10,6 +10,7 @@ from datetime import datetime
 
 import pytest
 from flwr.server.superlink.linkstate import LinkState
+from flwr.supercore.constant import NodeStatus
 
 from veil.common.errors import InputError, RefusalCode
 from veil.common.keys import NodeKey
@@ -59,6 +60,30 @@ def test_a_site_is_connected_while_its_agent_is(home: Home, state: LinkState, en
     assert [(site.name, site.connected) for site in overview.sites()] == [("Ulm", True), ("Bonn", False)]
     state.deactivate_node(ulm)
     assert [(site.name, site.connected) for site in overview.sites()] == [("Ulm", False), ("Bonn", False)]
+
+
+def test_a_site_that_fell_silent_is_not_connected_as_flower_sees_it_too(
+    home: Home, state: LinkState, enrol: Callable[[str], int]
+) -> None:
+    nodes = {"silent": enrol("silent"), "heard": enrol("heard")}
+    state.activate_node(nodes["silent"], 1e-6)
+    state.activate_node(nodes["heard"], 30.0)
+    connected = {site.name for site in Overview(home).sites() if site.connected}
+    infos = state.get_node_info(node_ids=list(nodes.values()))
+    assert {nodes[name] for name in connected} == {info.node_id for info in infos if info.status == NodeStatus.ONLINE}
+    assert connected == {"heard"}
+
+
+def test_looking_makes_no_file(home: Home) -> None:
+    before = sorted(home.folder.rglob("*"))
+    Overview(home).document()
+    assert sorted(home.folder.rglob("*")) == before
+    assert home.database not in before
+
+
+def test_a_link_that_has_not_made_its_tables_yet_has_nobody(home: Home) -> None:
+    home.database.touch()
+    assert Overview(home).sites() == []
 
 
 def test_a_revoked_site_stays_in_the_list_and_is_not_connected(

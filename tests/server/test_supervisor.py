@@ -16,9 +16,8 @@ from fastapi import FastAPI, Response
 from veil.common.errors import InputError
 from veil.common.plan import RunPlan
 from veil.common.supervision import Child
-from veil.server.home import Home
+from veil.server.home import PULSE_PATH, Home
 from veil.server.jobs import Job, Phase
-from veil.server.link import PULSE_PATH
 from veil.server.pki import make_authority
 from veil.server.supervisor import MOST_LOSSES, MOST_RUNNERS, Supervisor
 
@@ -117,6 +116,15 @@ def test_the_link_and_a_runner_for_each_run_under_way(home: Home, stage: Stage, 
     assert [child.arguments for child in stage.of(LINK)] == [[str(home.folder)]]
     assert sorted(stage.runs()) == sorted([submitted.name, training.name])
     assert all(child.arguments[0] == str(home.folder) for child in stage.children)
+
+
+def test_a_link_begun_is_the_one_that_is_kept_and_ended(stage: Stage) -> None:
+    stage.supervisor.begin()
+    (link,) = stage.of(LINK)
+    assert link.exit_code is None
+    stage.play(nothing)
+    assert stage.of(LINK) == [link]
+    assert link.exit_code is not None
 
 
 def test_a_run_that_is_submitted_later_is_started(stage: Stage, submit: Submit) -> None:

@@ -20,7 +20,10 @@ from veil.simulations.cli import run_command
 
 Veil = Callable[..., tuple[int, str, str]]
 
-HEAVY = ("torch", "flwr", "opacus", "transformers", "safetensors", "pandas", "sklearn", "matplotlib", "PIL", "grpc")
+HEAVY = (
+    *("torch", "flwr", "opacus", "transformers", "safetensors", "pandas", "pyarrow", "sqlalchemy"),
+    *("sklearn", "matplotlib", "PIL", "grpc", "httpx", "fastapi"),
+)
 WITHOUT = """
 import sys
 class Absent:  # not None in sys.modules, which scipy takes for a module

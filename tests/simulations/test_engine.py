@@ -17,18 +17,20 @@ from veil.simulations import engine
 from veil.simulations.grid import InProcessGrid
 
 
-def test_ray_gives_the_adapter_that_inprocess_gives(write_plan: Callable[..., Path], tmp_path: Path) -> None:
+def test_ray_gives_the_adapter_that_inprocess_gives(
+    write_plan: Callable[..., Path], veil: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
     plan = write_plan(simulation={"noise": "fixed", "baselines": []})
-    for name in ("inprocess", "ray"):
-        command = [sys.executable, "-m", "veil.simulations", "simulate", str(plan)]
-        done = subprocess.run(
-            [*command, "--output", str(tmp_path / name), "--engine", name],
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+    assert veil("simulate", plan, "--output", tmp_path / "inprocess", "--engine", "inprocess")[0] == 0
+    command = [sys.executable, "-m", "veil.simulations", "simulate", str(plan)]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "ray"), "--engine", "ray"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
     one, two = ((tmp_path / name / "model" / "head" / "head.safetensors").read_bytes() for name in ("inprocess", "ray"))
     assert one == two
 

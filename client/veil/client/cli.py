@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from veil.client.ledger import Entry
     from veil.client.site_file import SiteFile
 
-app = typer.Typer(no_args_is_help=True, help="The site's side: say what is allowed, serve rounds, see what it cost.")
+app = typer.Typer(no_args_is_help=True, help="The site's side: set limits, serve rounds, see the cost.")
 ledger = typer.Typer(no_args_is_help=True, help="What was done to this site's records, line by line.")
 app.add_typer(ledger, name="ledger")
 
@@ -57,9 +57,10 @@ def init(
     health_address: Annotated[str | None, typer.Option(help='host:port of gRPC health; "" for none.')] = None,
     metrics_address: Annotated[str | None, typer.Option(help='host:port of metrics; "" for none.')] = None,
 ) -> None:
-    """Make the site's folder with its key and site.toml, and enrol; asks for what no option says."""
-    from veil.client.joining import SITE_FILE, join
+    """Make the site's folder with its key, and enrol. Asks for what no option says and writes it into site.toml."""
+    from veil.client.joining import join
     from veil.client.questions import answered, as_map, as_table
+    from veil.client.site_file import SITE_FILE
     from veil.common.invitation import Invitation
 
     given: dict[str, dict[str, Any]] = {
@@ -100,7 +101,7 @@ def doctor(
     plan: Annotated[Path | None, typer.Option(help="A plan: its weights are looked for, its ε price is told.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Look at everything a run would need, and at what one would cost."""
+    """Look at all that a run would need, and what it would cost."""
     from dataclasses import asdict
 
     from veil.client.doctor import examine_site
@@ -125,8 +126,8 @@ def doctor(
 @app.command()
 def start(home: HomeOption = _HOME) -> None:
     """Serve rounds until interrupted."""
-    from veil.client.joining import SITE_FILE
     from veil.client.service import serve_site
+    from veil.client.site_file import SITE_FILE
     from veil.common.logs import log_json_lines
 
     file, stop = _read(home), threading.Event()
@@ -143,7 +144,7 @@ def approve(
     home: HomeOption = _HOME,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Show a run in plain words with its ε price, and let it use this site."""
+    """Show a run in plain words, and let it use this site."""
     from veil.client.approvals import Approvals, Decision
 
     file = _read(home)
@@ -176,7 +177,7 @@ def refuse(run_name: RunArgument, home: HomeOption = _HOME) -> None:
 
 @app.command()
 def status(home: HomeOption = _HOME, as_json: JsonOption = False) -> None:
-    """Show whether the agent works, what waits, what was refused and why, and what everything cost."""
+    """Show how the site stands. Whether the agent works, what waits, what was refused and why, what everything cost."""
     from veil.client.standing import standing
 
     found = standing(_read(home))
@@ -210,7 +211,7 @@ def show_ledger(home: HomeOption = _HOME, as_json: JsonOption = False) -> None:
 
 @ledger.command("verify")
 def verify_ledger(home: HomeOption = _HOME, as_json: JsonOption = False) -> None:
-    """Check every line, signature and stored answer, and that none is missing."""
+    """Check every line, signature and answer. None may be missing."""
     from veil.client.verification import verify
     from veil.common.errors import RunError
     from veil.common.keys import NodeKey
@@ -238,7 +239,7 @@ def write_off(
         list[str] | None, typer.Option(metavar="HASH", help="A lost line that the coordinator remembers; several.")
     ] = None,
 ) -> None:
-    """Go on after lines were lost for good, counting what they may have cost; the agent must not run."""
+    """Go on after lines were lost for good. What they may have cost is counted; the agent must not run."""
     from contextlib import closing
 
     from veil.client.ledger import Ledger
@@ -255,7 +256,7 @@ def write_off(
 def export_log(
     output: Annotated[Path, typer.Argument(help="JSON file to write; must not exist.")], home: HomeOption = _HOME
 ) -> None:
-    """Write every ledger line and decision into one file for a data-protection officer."""
+    """Write every ledger line and decision into one file. It is for a data-protection officer."""
     from veil.client.audit_log import build_log
     from veil.common.durable import PUBLIC, write_new
     from veil.common.errors import InputError
@@ -269,8 +270,7 @@ def export_log(
 
 
 def _read(home: Path) -> SiteFile:
-    from veil.client.joining import SITE_FILE
-    from veil.client.site_file import read_site_file
+    from veil.client.site_file import SITE_FILE, read_site_file
     from veil.common.errors import InputError
 
     if not (home / SITE_FILE).is_file():

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A table in a database: what one SELECT statement returns, read through SQLAlchemy.
 
-Promises that a password is never shown, and that the transaction is rolled back whatever the statement did.
+Promises that a password is never shown, that the transaction is rolled back whatever the statement did, and that
+SQLAlchemy and pandas are loaded only by who has a database.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import pandas as pd
-from sqlalchemy import URL, Connection, NullPool, create_engine, make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from typing import TYPE_CHECKING
 
 from veil.client.template import require_columns
 from veil.common.errors import TableError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from sqlalchemy import URL, Connection
 
 _READ_ONLY = {"sqlite": "PRAGMA query_only = ON", "postgresql": "SET TRANSACTION READ ONLY"}
 """Said first where the database knows it: Python's sqlite3 commits a DELETE behind a WITH by itself."""
@@ -56,6 +58,8 @@ class Query:
         Raises:
             TableError: when the database cannot be reached, refuses the statement, or gives other columns.
         """
+        import pandas as pd
+
         with self._connection() as connection:
             if read_only := _READ_ONLY.get(connection.dialect.name):
                 connection.exec_driver_sql(read_only)
@@ -69,6 +73,9 @@ class Query:
     @contextmanager
     def _connection(self) -> Iterator[Connection]:
         """A connection of its own whose transaction is rolled back."""
+        from sqlalchemy import NullPool, create_engine
+        from sqlalchemy.exc import SQLAlchemyError
+
         try:
             engine = create_engine(self._complete_url(), poolclass=NullPool)
             with engine.connect() as connection:
@@ -106,6 +113,9 @@ def parse_url(text: str) -> URL:
     Raises:
         ValueError: when it is none; the message does not quote it.
     """
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
     try:
         return make_url(text)
     except (ArgumentError, ValueError):

@@ -73,7 +73,8 @@ class Operator:
 def backbone_store(file: SiteFile) -> BackboneStore:
     """Where the site's backbones are."""
     agent = file.agent
-    return BackboneStore(agent.backbones, mirror=agent.mirror, accept=file.limits.accept_backbone)
+    accept = file.limits.accept_backbone
+    return BackboneStore(agent.backbones, mirror=agent.mirror, accept=accept, device=agent.device)
 
 
 def open_app(path: Path) -> ClientApp:

@@ -11,12 +11,10 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
-import pyarrow.parquet
 
 from veil.client.database import Query
 from veil.client.template import MISSING_WORDS, Template, canonical, canonical_keys, require_columns
@@ -24,6 +22,9 @@ from veil.common.errors import TableError
 from veil.common.head import scaled
 from veil.common.plan import Columns, Task
 from veil.common.privacy import PrivacyUnit
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Inputs = tuple[str, ...] | tuple[Path, ...] | npt.NDArray[np.float64]
 
@@ -149,6 +150,8 @@ def _read_file(table: Path, wanted: list[str]) -> pd.DataFrame:
 
 
 def _read_csv(table: Path, names: list[str], separator: str = ",") -> pd.DataFrame:
+    import pandas as pd
+
     options: dict[str, Any] = {"header": None, "dtype": str, "keep_default_na": False}
     try:
         cells = pd.read_csv(table, sep=separator, encoding="utf-8-sig", **options)
@@ -161,6 +164,8 @@ def _read_csv(table: Path, names: list[str], separator: str = ",") -> pd.DataFra
 
 
 def _read_parquet(table: Path, names: list[str]) -> pd.DataFrame:
+    import pyarrow.parquet
+
     require_columns(names, pyarrow.parquet.read_schema(table).names, str(table))
     cells: pd.DataFrame = pyarrow.parquet.read_table(table, columns=names).to_pandas(ignore_metadata=True)
     return cells[names]
@@ -213,6 +218,8 @@ def _inputs(frame: pd.DataFrame, columns: Columns, task: Task, folder: Path) -> 
 
 
 def _feature(frame: pd.DataFrame, name: str, bounds: tuple[float, float] | None) -> npt.NDArray[np.float64]:
+    import pandas as pd
+
     cells = pd.Series(frame[name].tolist(), dtype=object)
     numbers: npt.NDArray[np.float64] = pd.to_numeric(cells, errors="coerce").to_numpy(np.float64)
     bad = np.flatnonzero(~np.isfinite(numbers))

@@ -18,12 +18,10 @@ from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.supercore.task_identity import TaskIdentity
 
+from veil.client.workbench import PING
 from veil.common.errors import VeilError
 from veil.common.logs import log_json_lines
 from veil.common.supervision import end_with_parent
-
-PING = b"ping"
-"""A frame that is answered by itself, from the very loop that answers messages."""
 
 _log = logging.getLogger(__name__)
 

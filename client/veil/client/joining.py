@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from veil.client.enrol import enrol
-from veil.client.site_file import SiteFile, parse_site, read_site_file
+from veil.client.site_file import SITE_FILE, SiteFile, parse_site, read_site_file
 from veil.client.site_form import write_site_file
 from veil.common.durable import PUBLIC, write_new
 from veil.common.errors import InputError
 from veil.common.invitation import Invitation
 from veil.common.keys import NodeKey
-
-SITE_FILE = "site.toml"
-"""The site's file within its folder."""
 
 _CA = "keys/coordinator.pem"
 

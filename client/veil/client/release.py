@@ -16,7 +16,7 @@ from veil.client.units import Units
 from veil.common.evaluation import EVALUATION, outcome_rows, released_size
 from veil.common.exchange import RoundRequest
 from veil.common.head import CENTRE, WEIGHT, predict
-from veil.common.noise import NoiseSource, clip_bound, privatize, spacing
+from veil.common.noise import DrawnAhead, NoiseSource, clip_bound, privatize, spacing
 from veil.common.privacy import Mechanism
 from veil.common.schedule import COUNT_WEIGHT, DEFAULT_LOCAL_RATE, DELTA_SPACING, Release, ReleaseKind
 from veil.common.update import Adapter, Update
@@ -107,7 +107,7 @@ def delta_update(
     optimizer = LatticeOptimizer(
         weight,
         mechanism=mechanism,
-        noise=noise,
+        noise=DrawnAhead(noise, mechanism.steps * weight.size),
         learning_rate=learning_rate,
         divisor=mechanism.sample_rate * nominal_units,
     )

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`veil site start`: the agent with its executor, health service and metrics, until it is told to stop.
 
-Promises that the executor is tried before the coordinator hears of the site, and that every part ends with it.
+Promises that the executor is tried before the coordinator hears of the site, that every part ends with it, and that
+agent and executor load their libraries at the same time.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ import os
 import ssl
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from veil.client.agent import Agent
-from veil.client.connection import Connection
-from veil.client.metrics import serve_metrics
 from veil.client.site_file import SiteFile
 from veil.client.workbench import EXECUTOR, Workbench
 from veil.common.errors import InputError, RunError
-from veil.common.health import HealthServer
 from veil.common.keys import NodeKey
+
+if TYPE_CHECKING:
+    from veil.client.agent import Agent
 
 _FREE_BYTES = 64 << 20
 """Disk space below which the site no longer counts as working."""
@@ -44,6 +45,19 @@ def serve_site(path: Path, file: SiteFile, stop: threading.Event, *, executor: s
     file.agent.state.mkdir(parents=True, exist_ok=True, mode=0o700)
     os.environ["HF_HUB_OFFLINE"] = "1"  # inherited by the executor: no delivered configuration makes it call a hub
     workbench = Workbench(path.absolute(), file.agent.round_timeout_s, executor)
+    with contextlib.ExitStack() as stack:
+        stack.callback(workbench.close)
+        workbench.begin()
+        _serve(file, key, ca, workbench, stack).run(stop)
+
+
+def _serve(file: SiteFile, key: NodeKey, ca: bytes, workbench: Workbench, stack: contextlib.ExitStack) -> Agent:
+    """The agent behind its health service and metrics, once its executor answers."""
+    from veil.client.agent import Agent
+    from veil.client.connection import Connection
+    from veil.client.metrics import serve_metrics
+    from veil.common.health import HealthServer
+
     agent = Agent(
         site=file.name,
         connect=lambda: Connection(file.coordinator.address, ca, key, file.agent.node),
@@ -56,14 +70,12 @@ def serve_site(path: Path, file: SiteFile, stop: threading.Event, *, executor: s
         "veil.site.executor": workbench.works,
         "veil.site.disk": lambda: _free_bytes(file.agent.state) > _FREE_BYTES,
     }
-    with contextlib.ExitStack() as stack:
-        stack.callback(workbench.close)
-        _try_executor(workbench)
-        health = HealthServer(file.agent.health_address, checks)
-        stack.enter_context(health)
-        if file.agent.metrics_address:
-            stack.callback(serve_metrics(file.agent.metrics_address, agent.tally, health.working))
-        agent.run(stop)
+    _try_executor(workbench)
+    health = HealthServer(file.agent.health_address, checks)
+    stack.enter_context(health)
+    if file.agent.metrics_address:
+        stack.callback(serve_metrics(file.agent.metrics_address, agent.tally, health.working))
+    return agent
 
 
 def _try_executor(workbench: Workbench) -> None:

@@ -13,12 +13,13 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
-from typing import TypeVar
-
-import pandas as pd
+from typing import TYPE_CHECKING, TypeVar
 
 from veil.common.errors import TableError
 from veil.common.plan import Columns
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MISSING_WORDS = frozenset({"", "NA", "N/A", "NaN", "nan", "NaT", "NULL", "null", "None", "<NA>"})
 """Canonical cells that mean "no value", unless a mapping declares them to be one."""

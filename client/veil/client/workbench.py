@@ -15,11 +15,13 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from veil.client.executor import PING
 from veil.common.supervision import Child
 
 EXECUTOR = "veil.client.deployed"
 """The module that an agent's executor runs."""
+
+PING = b"ping"
+"""A frame that is answered by itself, from the very loop that answers messages."""
 
 _START_S = 120.0
 _PING_S = 10.0
@@ -46,8 +48,14 @@ class Workbench:
         self._lock = threading.Lock()
         self._child: Child | None = None
         self._pipe: Connection | None = None
+        self._greeted = False
         self._started_at = 0.0
         self.busy_since: float | None = None
+
+    def begin(self) -> None:
+        """Start the executor and do not wait: its libraries load while the agent loads its own."""
+        with self._lock:
+            self._start()
 
     def ask(self, frame: bytes) -> bytes:
         """One frame's answer.
@@ -100,19 +108,26 @@ class Workbench:
 
     def _open(self) -> tuple[Child, Connection]:
         """A running executor and its pipe; a lost one is replaced, but not more often than every few seconds."""
-        if self._child is not None and self._pipe is not None and self._alive():
-            return self._child, self._pipe
-        self._end()
-        time.sleep(max(0.0, self._started_at + _RESTART_S - time.monotonic()))
+        if self._child is None or self._pipe is None or (self._greeted and not self._alive()):
+            self._end()
+            time.sleep(max(0.0, self._started_at + _RESTART_S - time.monotonic()))
+            child, pipe = self._start()
+        else:
+            child, pipe = self._child, self._pipe
+        if not self._greeted:
+            with _ended_after(_START_S, child):
+                pipe.send_bytes(PING)
+                pipe.recv_bytes()
+            self._greeted = True
+        return child, pipe
+
+    def _start(self) -> tuple[Child, Connection]:
         ours, theirs = socket.socketpair()
         with theirs:
             arguments = [str(theirs.fileno()), str(self._site_file)]
             self._child = Child(self._module, arguments, keep=[theirs.fileno()])
         self._started_at = time.monotonic()
         self._pipe = Connection(ours.detach())
-        with _ended_after(_START_S, self._child):
-            self._pipe.send_bytes(PING)
-            self._pipe.recv_bytes()
         return self._child, self._pipe
 
     def _end(self) -> None:
@@ -121,6 +136,7 @@ class Workbench:
         if self._child is not None:
             self._child.kill()
         self._pipe = self._child = None
+        self._greeted = False
 
 
 @contextmanager

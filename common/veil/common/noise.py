@@ -24,6 +24,9 @@ LATTICE_BITS = 20
 
 
 _LARGEST = 2.0**52
+_AHEAD = 1 << 17
+"""Numbers that are drawn before they are asked for, at most."""
+
 _AT_ONCE, _SPARE = 1 << 13, 8
 """Pairs drawn in one piece, which stays in a core's cache; pairs more than are expected to be needed."""
 
@@ -58,8 +61,9 @@ class NoiseSource(Protocol):
 class OSNoise:
     """The operating system's cryptographic generator.
 
-    Every call takes a key of 256 bits from `os.urandom` and reads the ChaCha20 stream of it (RFC 8439), as Linux itself
-    does behind `os.urandom`. No key is kept: a process that forks, or a copy of its memory, repeats nothing.
+    For normal numbers, every call takes a key of 256 bits from `os.urandom` and reads the ChaCha20 stream of it (RFC
+    8439), as Linux itself does behind `os.urandom`. No key is kept: a process that forks, or a copy of its memory,
+    repeats nothing.
     """
 
     name = "os"
@@ -67,11 +71,38 @@ class OSNoise:
 
     def uniform(self, count: int) -> NDArray[np.float64]:
         """Uniform numbers on the 53-bit grid of [0, 1), [count]."""
-        return (_stream()(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        words = np.frombuffer(os.urandom(8 * count), dtype=np.uint64)
+        return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def gaussian(self, count: int) -> NDArray[np.float64]:
         """Standard normal numbers by the polar method, tails to 13.2 σ, [count]."""
         return polar_gaussian(_stream(), count)
+
+
+class DrawnAhead:
+    """A source for the steps of one release: its normal numbers are drawn for several steps in one piece.
+
+    Args:
+        noise: where they come from.
+        count: how many will be asked for, at most.
+    """
+
+    def __init__(self, noise: NoiseSource, count: int) -> None:
+        self.name, self.private = noise.name, noise.private
+        self._noise, self._left = noise, count
+        self._drawn: NDArray[np.float64] = np.zeros(0)
+
+    def uniform(self, count: int) -> NDArray[np.float64]:
+        """Independent uniform numbers in [0, 1), [count]."""
+        return self._noise.uniform(count)
+
+    def gaussian(self, count: int) -> NDArray[np.float64]:
+        """Independent standard normal numbers, [count]; none is handed out twice."""
+        if len(self._drawn) < count:
+            self._drawn = self._noise.gaussian(max(count, min(self._left, _AHEAD // count * count if count else 0)))
+        numbers, self._drawn = self._drawn[:count], self._drawn[count:]
+        self._left -= count
+        return numbers
 
 
 Words = Callable[[int], NDArray[np.uint64]]
@@ -83,7 +114,7 @@ def _stream() -> Words:
     encryptor = Cipher(ChaCha20(os.urandom(32), bytes(16)), mode=None).encryptor()
 
     def words(count: int) -> NDArray[np.uint64]:
-        return np.frombuffer(bytearray(encryptor.update(bytes(8 * count))), dtype=np.uint64)
+        return np.frombuffer(encryptor.update(bytes(8 * count)), dtype=np.uint64)
 
     return words
 

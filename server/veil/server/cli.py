@@ -6,6 +6,7 @@ Promises that a word which only looks changes nothing, and that no secret is tak
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import threading
@@ -18,6 +19,7 @@ import typer
 
 if TYPE_CHECKING:
     from veil.server.jobs import Job
+    from veil.server.supervisor import Supervisor
 
 app = typer.Typer(no_args_is_help=True, help="The server side: enrol sites, hold the backbone, run plans.")
 
@@ -44,7 +46,7 @@ def init(
     key: Annotated[Path | None, typer.Option(help="Its private key, PEM.")] = None,
     ca: Annotated[Path | None, typer.Option(help="The certificate that sites are to trust, PEM.")] = None,
 ) -> None:
-    """Make a coordinator's folder: settings, certificate authority, the link's certificate."""
+    """Make a coordinator's folder. It holds settings, certificate authority and the link's certificate."""
     from veil.common.errors import InputError
     from veil.server.home import Home, Settings
     from veil.server.pki import issue_certificate, make_authority
@@ -75,27 +77,18 @@ def init(
 @app.command()
 def start(home: HomeOption = _HOME) -> None:
     """Serve sites and run what is submitted, until interrupted."""
-    import contextlib
-
-    from veil.common.health import HealthServer
     from veil.common.logs import log_json_lines
     from veil.server.home import Home
-    from veil.server.overview import Overview
-    from veil.server.page import PageServer, page_app
     from veil.server.supervisor import Supervisor
 
-    opened = Home.open(home)
-    stop = threading.Event()
+    supervisor, stop = Supervisor(home=Home.open(home)), threading.Event()
     _stop_on_signals(stop)
     log_json_lines()
-    supervisor, overview = Supervisor(home=opened), Overview(opened)
     with contextlib.ExitStack() as stack:
         stack.enter_context(supervisor.exclusive())
-        if opened.settings.page_address:
-            stack.enter_context(PageServer(opened.settings.page_address, page_app(overview)))
-        if opened.settings.health_address:
-            checks = {"veil.coordinator.link": supervisor.link_works, "veil.coordinator.runs": supervisor.runs_work}
-            stack.enter_context(HealthServer(opened.settings.health_address, checks))
+        stack.callback(supervisor.end)
+        supervisor.begin()
+        _show_itself(supervisor, stack)
         supervisor.run(stop)
 
 
@@ -142,7 +135,7 @@ def revoke(site: Annotated[str, typer.Argument(help="The site's name.")], home: 
 
 @app.command()
 def certify(home: HomeOption = _HOME) -> None:
-    """Issue the link's certificate anew; a running coordinator takes it up by itself."""
+    """Issue the link's certificate anew. A running coordinator takes it up by itself."""
     from veil.server.home import Home
     from veil.server.pki import issue_certificate
     from veil.server.tls_certificate import describe
@@ -225,6 +218,20 @@ def resume(
     job = Job.find(Home.open(home).runs, run_name)
     job.resume()
     _follow(job, as_json=as_json)
+
+
+def _show_itself(supervisor: Supervisor, stack: contextlib.ExitStack) -> None:
+    """Page, metrics and health; loaded while the link loads."""
+    from veil.common.health import HealthServer
+    from veil.server.overview import Overview
+    from veil.server.page import PageServer, page_app
+
+    home = supervisor.home
+    if home.settings.page_address:
+        stack.enter_context(PageServer(home.settings.page_address, page_app(Overview(home))))
+    if home.settings.health_address:
+        checks = {"veil.coordinator.link": supervisor.link_works, "veil.coordinator.runs": supervisor.runs_work}
+        stack.enter_context(HealthServer(home.settings.health_address, checks))
 
 
 def _follow(job: Job, *, as_json: bool) -> None:

@@ -23,6 +23,9 @@ from veil.server.tls_certificate import general_name
 
 SETTINGS_NAME = "coordinator.toml"
 
+PULSE_PATH = "/v1/pulse"
+"""Where the link answers 204 when the link state's database can be read."""
+
 
 def _host(host: str) -> str:
     general_name(host)

@@ -8,7 +8,9 @@ read or remove what was said to another.
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
 from pathlib import Path
 from typing import cast
 
@@ -28,8 +30,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 
-PULSE_PATH = "/v1/pulse"
-"""Answers 204 when the link state's database can be read."""
+from veil.server.home import PULSE_PATH
 
 _FLEET = "/v1/fleet/"
 
@@ -47,7 +48,7 @@ MAX_OBJECTS = 64
 
 
 def open_link_state(database: Path) -> LinkStateFactory:
-    """Flower's state of nodes, runs and messages, in an SQLite file that several processes may open.
+    """Flower's state of nodes, runs and messages, in an SQLite file that several processes may open, also at once.
 
     Args:
         database: the file, made when missing.
@@ -56,7 +57,12 @@ def open_link_state(database: Path) -> LinkStateFactory:
     factory = LinkStateFactory(
         str(database), NoOpFederationManager(simulation=False), ObjectStoreFactory(str(database))
     )
-    factory.state()
+    folder = os.open(database.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # opening makes or migrates the tables, which two must not do at once
+        factory.state()
+    finally:
+        os.close(folder)
     return factory
 
 

@@ -1,22 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the coordinator's operator may see at a glance: sites, runs, and which site said what.
 
-Promises one document for the command line, the page and the metrics, so that the three never differ.
+Promises one document for the command line, the page and the metrics, so that the three never differ; and that looking
+changes nothing and loads nothing of Flower: of its state, the nodes' table is read as it stands.
 """
 
 from __future__ import annotations
 
+import sqlite3
+import time
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
-
-from flwr.supercore.constant import NodeStatus
 
 from veil.server.home import Home
 from veil.server.jobs import Job
-from veil.server.link import open_link_state
-from veil.server.roster import Roster
+from veil.server.roster import enrolled_sites
 from veil.server.tls_certificate import describe
+
+_BUSY_S = 60.0
+_TABLE = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'node'"
+_ONLINE = "SELECT node_id FROM node WHERE status = 'online' AND online_until > ?"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,14 +50,10 @@ class Overview:
 
     def __init__(self, home: Home) -> None:
         self._home = home
-        self._state = open_link_state(home.database).state()
 
     def sites(self) -> list[SiteView]:
         """All sites that were ever enrolled, oldest first."""
-        with closing(Roster(self._home.roster, self._state)) as roster:
-            sites = roster.sites()
-        infos = self._state.get_node_info(node_ids=[site.node_id for site in sites if site.node_id])
-        online = {info.node_id for info in infos if info.status == NodeStatus.ONLINE}
+        online = _online(self._home.database)
         return [
             SiteView(
                 name=site.name,
@@ -60,7 +61,7 @@ class Overview:
                 enrolled_at=site.enrolled_at.isoformat(timespec="seconds"),
                 revoked_at=None if site.revoked_at is None else site.revoked_at.isoformat(timespec="seconds"),
             )
-            for site in sites
+            for site in enrolled_sites(self._home.roster)
         ]
 
     def document(self) -> dict[str, Any]:
@@ -76,3 +77,14 @@ class Overview:
         pem = self._home.path(self._home.settings.certificate).read_bytes()
         found = describe(pem)
         return {"not_after": found.not_after.isoformat(timespec="seconds"), "days_left": found.days_left}
+
+
+def _online(database: Path) -> set[int]:
+    """The nodes whose last heartbeat Flower still counts; none while the link was never up."""
+    if not database.exists():
+        return set()
+    with closing(sqlite3.connect(database, timeout=_BUSY_S)) as opened:
+        opened.execute("PRAGMA query_only = ON")
+        if opened.execute(_TABLE).fetchone() is None:
+            return set()
+        return {node % 2**64 for (node,) in opened.execute(_ONLINE, (time.time(),))}

@@ -13,7 +13,7 @@ import secrets
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,7 +22,6 @@ from typing import Protocol
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
-from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
 from pydantic import ValidationError
 
 from veil.common.errors import InputError, RunError
@@ -164,6 +163,8 @@ class Roster:
             if key is not None:
                 node_id = self._nodes.get_node_id_by_public_key(key)
                 if node_id is not None:
+                    from flwr.common.constant import NOOP_FLWR_AID
+
                     self._nodes.delete_node(NOOP_FLWR_AID, node_id)
                 self._db.execute("UPDATE site SET revoked_at = ? WHERE public_pem = ?", (self._now(), key))
         _log.info("site %s revoked", name)
@@ -171,19 +172,7 @@ class Roster:
     def sites(self) -> tuple[EnrolledSite, ...]:
         """All sites that were ever admitted, oldest first."""
         with self._lock:
-            rows = self._db.execute(
-                "SELECT name, public_pem, node_id, enrolled_at, revoked_at FROM site ORDER BY seq"
-            ).fetchall()
-        return tuple(
-            EnrolledSite(
-                name=name,
-                public_pem=public_pem,
-                node_id=None if node_id is None else int(node_id),
-                enrolled_at=datetime.fromisoformat(enrolled),
-                revoked_at=None if revoked is None else datetime.fromisoformat(revoked),
-            )
-            for name, public_pem, node_id, enrolled, revoked in rows
-        )
+            return _sites(self._db)
 
     def name_of(self, node_id: int) -> str | None:
         """The site behind one of Flower's nodes; None when there is none, or none any more."""
@@ -230,6 +219,8 @@ class Roster:
         _log.info("site %s enrolled as node %d", name, node_id)
 
     def _create_node(self, name: str, key: bytes) -> int:
+        from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
+
         try:
             node_id = self._nodes.create_node(
                 NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, HEARTBEAT_DEFAULT_INTERVAL, name=name
@@ -279,6 +270,33 @@ class Roster:
                 self._db.execute("ROLLBACK")
                 raise
             self._db.execute("COMMIT")
+
+
+def enrolled_sites(path: Path) -> tuple[EnrolledSite, ...]:
+    """All sites that a roster's file ever admitted, oldest first; reads only, and loads nothing of Flower.
+
+    Args:
+        path: the roster's file; without one nobody is enrolled.
+    """
+    if not path.exists():
+        return ()
+    with closing(sqlite3.connect(path, timeout=_BUSY_S)) as opened:
+        opened.execute("PRAGMA query_only = ON")
+        return _sites(opened)
+
+
+def _sites(db: sqlite3.Connection) -> tuple[EnrolledSite, ...]:
+    rows = db.execute("SELECT name, public_pem, node_id, enrolled_at, revoked_at FROM site ORDER BY seq").fetchall()
+    return tuple(
+        EnrolledSite(
+            name=name,
+            public_pem=public_pem,
+            node_id=None if node_id is None else int(node_id),
+            enrolled_at=datetime.fromisoformat(enrolled),
+            revoked_at=None if revoked is None else datetime.fromisoformat(revoked),
+        )
+        for name, public_pem, node_id, enrolled, revoked in rows
+    )
 
 
 def _canonical(public_pem: bytes) -> bytes:

@@ -14,16 +14,13 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-
-import httpx
 
 from veil.common.errors import InputError
 from veil.common.supervision import Child
-from veil.server.home import Home
+from veil.server.home import PULSE_PATH, Home
 from veil.server.jobs import Job, Phase
-from veil.server.link import PULSE_PATH
 
 MOST_RUNNERS = 4
 """Runs that are under way at once; the others wait their turn."""
@@ -95,6 +92,21 @@ class Supervisor:
         finally:
             os.close(handle)
 
+    def begin(self) -> None:
+        """Start the link and do not wait: its libraries load while the coordinator loads its own.
+
+        What fails is tried again, and told, by `run`.
+        """
+        with suppress(OSError):
+            self._keep_link()
+
+    def end(self) -> None:
+        """End the children."""
+        for runner in self._runners.values():
+            runner.child.end()
+        if self._link is not None:
+            self._link.end()
+
     def run(self, stop: threading.Event) -> None:
         """Keep everything going until told to stop; then end the children."""
         try:
@@ -106,10 +118,7 @@ class Supervisor:
                         _log.error("the coordinator's folder cannot be used now: %s", error)
                 stop.wait(_TICK_S)
         finally:
-            for runner in self._runners.values():
-                runner.child.end()
-            if self._link is not None:
-                self._link.end()
+            self.end()
 
     def link_works(self) -> bool:
         """Whether the link answers with a certificate that sites accept, and can read its database."""
@@ -122,6 +131,8 @@ class Supervisor:
         listen = self.home.settings.listen
         address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listen, listen)  # noqa: S104
         host = f"[{address}]" if ":" in address else address
+        import httpx
+
         try:
             with httpx.Client(verify=context, trust_env=False, timeout=3.0) as client:
                 return client.get(f"https://{host}:{self.home.settings.port}{PULSE_PATH}").status_code == 204

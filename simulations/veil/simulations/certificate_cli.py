@@ -42,7 +42,7 @@ def verify_certificate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Recompute every ε from the listed mechanisms and check every signature."""
+    """Check every signature and recompute every ε. The certificate lists the mechanisms."""
     from veil.common.verdict import Word, judge
 
     named = dict(_named(one) for one in key or ())
@@ -61,7 +61,7 @@ def verify_certificate(
 def public_key(
     file: Annotated[Path, typer.Argument(help="A private key: a site's agent.key, or coordinator.key.")],
 ) -> None:
-    """Print the public half of a key, to hand to whoever checks certificates."""
+    """Print the public half of a key. It is for whoever checks certificates."""
     from veil.common.keys import NodeKey
     from veil.common.statement import key_fingerprint
 

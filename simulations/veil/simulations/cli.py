@@ -2,7 +2,7 @@
 """The `veil` command: every command line word is here, every deed elsewhere.
 
 Promises exit codes 0 done, 2 bad usage or input, 3 refused, 4 failed, 130 interrupted; messages on stderr; and that
-`--help` imports neither torch nor Flower.
+`--help` imports no library but typer.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Annotated
 
 import click
 import typer
+import typer.core
 
 from veil.client.cli import app as site
 from veil.common.errors import InputError, VeilError
@@ -26,6 +27,8 @@ from veil.server.cli import app as coordinator
 from veil.simulations.certificate_cli import app as certificate
 
 INTERRUPTED = 130
+
+typer.core.HAS_RICH = False  # help in plain text: loading rich takes longer than all else of `veil --help`
 
 app = typer.Typer(
     name="veil",
@@ -114,7 +117,7 @@ def rehearse(
     ] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Run coordinator and agents as processes on this machine, over TLS."""
+    """Run coordinator and agents as processes here, over TLS."""
     from dataclasses import asdict
 
     from veil.common.plan import parse_plan
@@ -183,7 +186,7 @@ def audit(
     ] = 8,
     as_json: JsonOption = False,
 ) -> None:
-    """Attack what a plan would release, on made-up records; exit code 4 when that contradicts the claimed ε."""
+    """Attack what a plan would release, on made-up records. Exit code 4 when that contradicts the claimed ε."""
     from veil.common.plan import parse_plan
     from veil.simulations import audit_command
     from veil.simulations.screen import Screen
@@ -217,7 +220,7 @@ def health(
     address: Annotated[str, typer.Argument(help="host:port of a coordinator's or an agent's health service.")],
     service: Annotated[str, typer.Option(help="One check; without it, all of them together.")] = "",
 ) -> None:
-    """Say whether a process works, as container engines ask; exit code 4 when it does not."""
+    """Say whether a process works, as container engines ask. Exit code 4 when it does not."""
     from veil.common.errors import RunError
     from veil.common.health import serving
 

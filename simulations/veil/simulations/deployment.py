@@ -9,14 +9,15 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from veil.client.joining import SITE_FILE, join
-from veil.client.site_file import SiteFile
+from veil.client.joining import join
+from veil.client.site_file import SITE_FILE, SiteFile
 from veil.common.errors import RunError
 from veil.common.invitation import Invitation
 from veil.common.supervision import Child
@@ -27,7 +28,7 @@ from veil.server.pki import issue_certificate, make_authority
 from veil.server.roster import Roster
 
 _LOOPBACK = "127.0.0.1"
-_START_S = 60.0
+_START_S = 180.0
 _POLL_S = 0.1
 
 
@@ -85,10 +86,13 @@ class Deployment:
         self.end()
 
     def end(self) -> None:
-        """End every process, the sites' first."""
-        for name in sorted(self.processes, key=lambda name: name == "coordinator"):
-            self.processes[name].end()
+        """End every process, the sites' first and all at once."""
+        coordinator = self.processes.pop("coordinator", None)
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(Child.end, self.processes.values()))
         self.processes.clear()
+        if coordinator is not None:
+            coordinator.end()
 
     def start_coordinator(self) -> None:
         """Start it and wait until its link answers.
