@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Veil on a workload: its simulation, with ledger, signatures, noise from the operating system and reports' evidence.
+"""Veil on a workload: its simulation, with ledgers, signatures, the operating system's noise and signed statements.
 
 Promises that nothing of the product is left out of the measured time but reading the given files, and working σ out of ε,
 which no other system does (`calibration_s`, once a plan): laying the sites down, the rounds with their ledgers, and the
