@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Veil on a workload: its simulation, with ledgers, signatures, the operating system's noise and signed statements.
 
-Promises that nothing of the product is left out of the measured time but reading the given files, and working σ out of ε,
-which no other system does (`calibration_s`, once a plan): laying the sites down, the rounds with their ledgers, and the
-sites' signed statements are in it.
+Promises that nothing of the product is left out of the measured time but reading the given files, and working σ out of
+ε, which no other system does (`calibration_s`, once a plan): laying the sites down, the rounds with their ledgers, and
+the sites' signed statements are in it.
 
 `SPEED_VEIL` in the environment says which variant: nothing for the local work that the other systems do (dp-fedavg),
 `dp-fedsgd` for Veil's own default on (a), `second` for a second run on the same notes in (c).

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of `veil.simulations.grid`: every message its reply, sites side by side, one thread each."""
+"""Tests of `veil.simulations.grid`: every message its reply, and threads for products only where they are asked for."""
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable
 
 import numpy as np
-import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from threadpoolctl import threadpool_info, threadpool_limits
@@ -40,20 +37,15 @@ def test_every_node_answers_for_itself() -> None:
     assert len(ask(grid)) == 50
 
 
-def test_as_many_sites_work_at_once_as_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each waits for the others: one after the other, nobody would arrive."""
-    monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    together = threading.Barrier(3, timeout=30)
-    assert len(ask(InProcessGrid(app_of(lambda _: together.wait() * 0), 6))) == 6
-
-
-def test_a_site_has_one_thread_for_its_products_and_the_setting_comes_back() -> None:
-    """Threads of their own in every product would wait for one another; slow by a factor of ten on a busy machine."""
+def test_a_site_has_the_threads_it_is_given_for_its_products_and_the_setting_comes_back() -> None:
+    """Threads in every small product would wait for one another; slow by a factor of ten on a busy machine."""
 
     def blas_threads() -> int:
         np.ones((2, 2)) @ np.ones((2, 2))
         return max(int(pool["num_threads"]) for pool in threadpool_info() if pool["user_api"] == "blas")
 
     with threadpool_limits(limits=2, user_api="blas"):
-        assert {threads for _, threads in ask(InProcessGrid(app_of(lambda _: blas_threads()), 2))} == {1}
+        app = app_of(lambda _: blas_threads())
+        assert {threads for _, threads in ask(InProcessGrid(app, 2))} == {1}
+        assert {threads for _, threads in ask(InProcessGrid(app, 2, threads=2))} == {2}
         assert blas_threads() == 2

@@ -10,7 +10,6 @@ import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Callable
 from enum import StrEnum
 
 from flwr.app import Context, RecordDict
@@ -42,21 +41,25 @@ def check_engine(engine: Engine) -> None:
         )
 
 
-def run_apps(engine: Engine, server_app: ServerApp, client_app: ClientApp, sites: int) -> None:
+def run_apps(engine: Engine, server_app: ServerApp, client_app: ClientApp, sites: int, *, threads: int = 1) -> None:
     """Run one federation to its end.
+
+    Args:
+        engine: where.
+        server_app: the coordinator's.
+        client_app: the sites'.
+        sites: how many there are.
+        threads: for a site's matrix products, in this process.
 
     Raises:
         VeilError: whatever stopped the run.
     """
     logging.getLogger("flwr").setLevel(logging.ERROR)
-    runner: Callable[[ServerApp, ClientApp, int], None]
-    runner = _run_in_process if engine is Engine.INPROCESS else _run_on_ray
-    runner(server_app, client_app, sites)
-
-
-def _run_in_process(server_app: ServerApp, client_app: ClientApp, sites: int) -> None:
-    context = Context(run_id=RUN_ID, node_id=1, node_config={}, state=RecordDict(), run_config={})
-    server_app(InProcessGrid(client_app, sites), context)
+    if engine is Engine.RAY:
+        _run_on_ray(server_app, client_app, sites)
+    else:
+        context = Context(run_id=RUN_ID, node_id=1, node_config={}, state=RecordDict(), run_config={})
+        server_app(InProcessGrid(client_app, sites, threads=threads), context)
 
 
 def _run_on_ray(server_app: ServerApp, client_app: ClientApp, sites: int) -> None:

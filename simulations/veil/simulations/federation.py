@@ -6,6 +6,7 @@ Promises that what ran is what would run deployed: the ServerApp, the ClientApp,
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Callable
 
@@ -17,6 +18,9 @@ from veil.server.app import Outcome, server_app
 from veil.server.state import RunState
 from veil.simulations.engine import Engine, run_apps
 from veil.simulations.workspace import Workspace
+
+LARGE_HEAD = 2**16
+"""Numbers of a head from which on its products are worth more than one thread."""
 
 
 def federate(
@@ -49,7 +53,8 @@ def federate(
         watch=watch,
         deliver=outcomes.append,
     )
-    run_apps(engine, server, client_app(workspace), sites)
+    large = len(plan.task.labels) * width >= LARGE_HEAD
+    run_apps(engine, server, client_app(workspace), sites, threads=os.cpu_count() or 1 if large else 1)
     if not outcomes:
         raise RunError("the run ended without a model", "a tuned adapter", "look at the lines above")
     return outcomes[0]

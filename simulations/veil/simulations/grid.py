@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Flower Grid that calls the ClientApp in this process: no Ray, no sockets, no serialisation.
 
-Promises the ServerApp what any Grid promises; each node keeps its own Context from round to round, and as many nodes
-work at once as there are cores, each with one thread for its products.
+Promises the ServerApp what any Grid promises; each node keeps its own Context from round to round. Nodes work one after
+the other: sites of small heads hold Python's lock most of the time, so that two threads are slower than one (12.3 s for
+9.5 s on two cores, benchmarks/speed, workload a).
 """
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -24,18 +23,19 @@ _FIRST_NODE = 2
 
 
 class InProcessGrid(Grid):
-    """`nodes` sites served by one ClientApp, in one pool of threads.
+    """`nodes` sites served by one ClientApp, one after the other.
 
     Args:
         client_app: what answers.
         nodes: number of sites; node i has partition-id i.
+        threads: for a site's matrix products; small ones wait for their threads longer than they compute.
     """
 
-    def __init__(self, client_app: ClientApp, nodes: int) -> None:
+    def __init__(self, client_app: ClientApp, nodes: int, *, threads: int = 1) -> None:
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = RUN_ID, 1, 1
         self._app = client_app
         self._replies: dict[str, Message] = {}
-        self._threads = ThreadpoolController()
+        self._threads, self._blas = threads, ThreadpoolController()
         self._contexts = {
             _FIRST_NODE + index: Context(
                 run_id=RUN_ID,
@@ -76,8 +76,8 @@ class InProcessGrid(Grid):
         for message in waiting:
             message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
         ids = [message.metadata.message_id for message in waiting]
-        with self._threads.limit(limits=1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
-            self._replies.update(zip(ids, pool.map(self._answer, waiting), strict=True))
+        with self._blas.limit(limits=self._threads, user_api="blas"):
+            self._replies.update(zip(ids, map(self._answer, waiting), strict=True))
         return ids
 
     def _answer(self, message: Message) -> Message:
