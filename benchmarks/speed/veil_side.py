@@ -6,7 +6,8 @@ Promises that nothing of the product is left out of the measured time but readin
 the sites' signed statements are in it.
 
 `SPEED_VEIL` in the environment says which variant: nothing for the local work that the other systems do (dp-fedavg),
-`dp-fedsgd` for Veil's own default on (a), `second` for a second run on the same notes in (c).
+`dp-fedsgd` for Veil's own default on (a), `second` for a second run on the same notes in (c). `SPEED_ENGINE` names the
+engine, if not the default.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from veil.common.privacy import Mechanism, spent
 from veil.common.schedule import ReleaseKind, schedule
 from veil.server.app import Outcome
 from veil.simulations.demo import demo_plan
+from veil.simulations.engines import Engine
 from veil.simulations.federation import federate
 from veil.simulations.partition import Share
 from veil.simulations.simulate import prepare
@@ -140,7 +142,8 @@ def notes(work: Workload, second: bool) -> Measured:
 def run(plan: RunPlan, workspace: Workspace, sites: int, width: int) -> tuple[Outcome, float]:
     """The federation, and when its first round was about to begin."""
     first = time.monotonic()
-    outcome = federate(plan, workspace, sites=sites, width=width)
+    engine = Engine(os.environ.get("SPEED_ENGINE", Engine.INPROCESS))
+    outcome = federate(plan, workspace, sites=sites, width=width, engine=engine)
     if not np.abs(outcome.adapter.tensors[WEIGHT]).max() > 0:
         raise ValueError("the head did not move; expected a trained one")
     return outcome, first

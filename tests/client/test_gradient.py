@@ -210,6 +210,7 @@ def per_record(weight: Floats, batch: HeadBatch, bound: float) -> Floats:
         share=np.ones(len(batch.labels)),
         pairs=np.zeros((2, 0), np.int64),
         dots=np.zeros(0),
+        squares=batch.squares,
     )
     return clipped_head_sum(weight, alone, bound)
 

@@ -92,6 +92,7 @@ def head_clipped_per_record(weight: Sum, batch: HeadBatch, bound: float) -> Sum:
         share=batch.share,
         pairs=np.zeros((2, 0), np.int64),
         dots=np.zeros(0),
+        squares=batch.squares,
     )
     return gradient.clipped_head_sum(weight, alone, bound)
 

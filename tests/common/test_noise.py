@@ -168,9 +168,16 @@ def test_numbers_drawn_ahead_are_the_source_s_and_none_comes_twice(size: int) ->
             asked.append(count)
             return super().gaussian(count)
 
-    ahead = DrawnAhead(Counting(), 8 * size)
-    drawn = np.concatenate([ahead.gaussian(size) for _ in range(8)])
-    assert len(np.unique(drawn)) == len(drawn) == 8 * size == sum(asked)
+        def uniform(self, count: int) -> Floats:
+            asked.append(count)
+            return super().uniform(count)
+
+    ahead = DrawnAhead(Counting(), normal=8 * size, uniform=8 * size)
+    for take in (ahead.gaussian, ahead.uniform):
+        drawn = np.concatenate([take(size) for _ in range(8)])
+        assert len(np.unique(drawn)) == len(drawn) == 8 * size == sum(asked)
+        assert len(asked) < 8 or size == 200_000
+        asked.clear()
 
 
 def test_no_seed_enters() -> None:

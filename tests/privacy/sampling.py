@@ -162,6 +162,7 @@ def records_sampled() -> AbstractContextManager[None]:
                 share=of.share[rows],
                 pairs=of.pairs[:, :0],
                 dots=of.dots[:0],
+                squares=of.squares[rows],
             )
 
     return _trained_on(samples)

@@ -53,8 +53,8 @@ class LargestNoise:
         self._draws = flat / np.linalg.norm(flat) * (math.sqrt(flat.size) + 5.9)
 
     def gaussian(self, count: int) -> NDArray[np.float64]:
-        assert count == self._draws.size
-        return self._draws
+        assert count % self._draws.size == 0
+        return np.resize(self._draws, count)
 
     def uniform(self, count: int) -> NDArray[np.float64]:
         return np.zeros(count)

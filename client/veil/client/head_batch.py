@@ -11,7 +11,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -105,10 +105,7 @@ class HeadBatch:
     share: NDArray[np.float64]
     pairs: NDArray[np.int64]
     dots: NDArray[np.float64]
-    squares: NDArray[np.float64] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "squares", np.einsum("nd,nd->n", self.inputs, self.inputs))
+    squares: NDArray[np.float64]
 
     @classmethod
     def of(cls, units: Grouped, centre: NDArray[np.floating]) -> HeadBatch:
@@ -122,6 +119,7 @@ class HeadBatch:
             share=1.0 / units.sizes[units.unit] if len(units.unit) else np.zeros(0),
             pairs=pairs,
             dots=np.einsum("md,md->m", inputs[pairs[0]], inputs[pairs[1]]),
+            squares=np.einsum("nd,nd->n", inputs, inputs),
         )
 
     @property
@@ -141,13 +139,14 @@ class HeadBatch:
             kept = chosen[self.unit[pairs[0]]]
             pairs, dots = np.searchsorted(rows, pairs[:, kept]), dots[kept]
         return HeadBatch(
-            inputs=self.inputs[rows],
-            labels=self.labels[rows],
-            unit=self.unit[rows],
+            inputs=self.inputs.take(rows, axis=0),
+            labels=self.labels.take(rows),
+            unit=self.unit.take(rows),
             count=self.count,
-            share=self.share[rows],
+            share=self.share.take(rows),
             pairs=pairs,
             dots=dots,
+            squares=self.squares.take(rows),
         )
 
 

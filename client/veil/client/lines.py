@@ -92,6 +92,15 @@ class LineFile:
         with self._refused():
             self._db.execute("VACUUM INTO ?", (str(path),))
 
+    def absorb(self, path: Path) -> None:
+        """Add everything of another such file, of sites that have nothing here."""
+        with self._refused():
+            self._db.execute("ATTACH DATABASE ? AS part", (str(path),))
+            self._db.executescript(
+                "BEGIN; INSERT INTO main.line SELECT * FROM part.line; INSERT INTO main.reply SELECT * FROM part.reply;"
+                " COMMIT; DETACH DATABASE part;"
+            )
+
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """All that is added inside is on the disk afterwards, or none of it; other processes wait.

@@ -104,10 +104,11 @@ def delta_update(
 
     Every step counts, also one whose sample is empty: it adds its noise like any other.
     """
+    noise = DrawnAhead(noise, normal=mechanism.steps * weight.size, uniform=mechanism.steps * batch.count)
     optimizer = LatticeOptimizer(
         weight,
         mechanism=mechanism,
-        noise=DrawnAhead(noise, mechanism.steps * weight.size),
+        noise=noise,
         learning_rate=learning_rate,
         divisor=mechanism.sample_rate * nominal_units,
     )

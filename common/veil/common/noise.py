@@ -80,26 +80,38 @@ class OSNoise:
 
 
 class DrawnAhead:
-    """A source for the steps of one release: its normal numbers are drawn for several steps in one piece.
+    """A source for the steps of one release, whose numbers are drawn for several steps in one piece.
 
     Args:
         noise: where they come from.
-        count: how many will be asked for, at most.
+        normal: how many normal numbers will be asked for, at most.
+        uniform: how many uniform ones.
     """
 
-    def __init__(self, noise: NoiseSource, count: int) -> None:
+    def __init__(self, noise: NoiseSource, *, normal: int, uniform: int) -> None:
         self.name, self.private = noise.name, noise.private
-        self._noise, self._left = noise, count
-        self._drawn: NDArray[np.float64] = np.zeros(0)
+        self._normal, self._uniform = _Store(noise.gaussian, normal), _Store(noise.uniform, uniform)
 
     def uniform(self, count: int) -> NDArray[np.float64]:
-        """Independent uniform numbers in [0, 1), [count]."""
-        return self._noise.uniform(count)
+        """Independent uniform numbers in [0, 1), [count]; none is handed out twice."""
+        return self._uniform.take(count)
 
     def gaussian(self, count: int) -> NDArray[np.float64]:
         """Independent standard normal numbers, [count]; none is handed out twice."""
+        return self._normal.take(count)
+
+
+class _Store:
+    """Numbers that were drawn and not handed out yet; in all no more are drawn than announced or asked for."""
+
+    def __init__(self, draw: Callable[[int], NDArray[np.float64]], announced: int) -> None:
+        self._draw, self._left = draw, announced
+        self._drawn: NDArray[np.float64] = np.zeros(0)
+
+    def take(self, count: int) -> NDArray[np.float64]:
         if len(self._drawn) < count:
-            self._drawn = self._noise.gaussian(max(count, min(self._left, _AHEAD // count * count if count else 0)))
+            several = _AHEAD // count * count
+            self._drawn = self._draw(max(count, min(self._left, several)))
         numbers, self._drawn = self._drawn[:count], self._drawn[count:]
         self._left -= count
         return numbers
@@ -131,14 +143,18 @@ def polar_gaussian(words: Words, count: int) -> NDArray[np.float64]:
     while done < count:
         pairs = min((count - done) * 2 // 3 + _SPARE, _AT_ONCE)
         first, second = (words(2 * pairs).view(np.int64) * 2.0**-63).reshape(2, pairs)
-        squares = first * first + second * second
+        squares = first * first
+        squares += second * second
         inside = np.flatnonzero((squares < 1.0) & (squares > 0.0))
         squares = squares.take(inside)
-        factors = np.sqrt(-2.0 * np.log(squares) / squares)
+        factors = np.log(squares)
+        factors *= -2.0
+        factors /= squares
+        np.sqrt(factors, out=factors)
         for coordinate in (first, second):
-            drawn = (coordinate.take(inside) * factors)[: count - done]
-            numbers[done : done + len(drawn)] = drawn
-            done += len(drawn)
+            wanted = inside[: count - done]
+            np.multiply(coordinate.take(wanted), factors[: len(wanted)], out=numbers[done : done + len(wanted)])
+            done += len(wanted)
     return numbers
 
 

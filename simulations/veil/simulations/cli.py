@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import traceback
-from enum import StrEnum
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -25,6 +24,7 @@ from veil.client.cli import app as site
 from veil.common.errors import InputError, VeilError
 from veil.server.cli import app as coordinator
 from veil.simulations.certificate_cli import app as certificate
+from veil.simulations.engines import Engine
 
 INTERRUPTED = 130
 
@@ -44,13 +44,6 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 app.add_typer(coordinator, name="coordinator")
 app.add_typer(site, name="site")
 app.add_typer(certificate, name="certificate")
-
-
-class EngineName(StrEnum):
-    """Where the apps of a simulation run."""
-
-    INPROCESS = "inprocess"
-    RAY = "ray"
 
 
 @app.callback()
@@ -77,15 +70,14 @@ def simulate(
         Path | None, typer.Option(help="Folder that the plan's relative paths start from; its own by default.")
     ] = None,
     engine: Annotated[
-        EngineName, typer.Option(help="inprocess, or ray for Flower's Ray engine.")
-    ] = EngineName.INPROCESS,
+        Engine, typer.Option(help="inprocess, processes (one per core), or ray (Flower's own).")
+    ] = Engine.INPROCESS,
     seed: Annotated[int | None, typer.Option(min=0, help="Another seed than the plan's, for another split.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run a whole federation on this machine."""
     from veil.common.plan import parse_plan
     from veil.simulations import demo
-    from veil.simulations.engine import Engine
     from veil.simulations.report import build_report
     from veil.simulations.screen import Screen, show_result
     from veil.simulations.simulate import simulate as run
@@ -95,7 +87,7 @@ def simulate(
         chosen = chosen.model_copy(update={"seed": seed})
     base = data or (plan.resolve().parent if plan is not None else Path.cwd())
     with Screen(quiet=as_json) as screen:
-        result = run(chosen, base=base, output=output, progress=screen, engine=Engine(engine.value))
+        result = run(chosen, base=base, output=output, progress=screen, engine=engine)
     if as_json:
         typer.echo(json.dumps(build_report(result), indent=2))
     else:

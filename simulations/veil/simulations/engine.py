@@ -1,38 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the apps run: in this process, or on Flower's Ray engine.
+"""Where the apps run: in this process, in several, or on Flower's Ray engine.
 
-Promises that both engines run the same ServerApp and the same ClientApp.
+Promises that all engines run the same ServerApp and the same ClientApp.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+import multiprocessing
 import os
 import warnings
-from enum import StrEnum
+from collections.abc import Callable
 
 from flwr.app import Context, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from veil.common.errors import InputError, RunError, VeilError
+from veil.simulations.engines import Engine
 from veil.simulations.grid import RUN_ID, InProcessGrid
-
-
-class Engine(StrEnum):
-    """The engines of a simulation."""
-
-    INPROCESS = "inprocess"
-    RAY = "ray"
+from veil.simulations.process_grid import ProcessGrid
 
 
 def check_engine(engine: Engine) -> None:
-    """Refuse Ray where it is not installed.
+    """Refuse Ray where it is not installed, and processes where they cannot be forked.
 
     Raises:
-        InputError: with the command that installs it.
+        InputError: with the remedy.
     """
+    if engine is Engine.PROCESSES and "fork" not in multiprocessing.get_all_start_methods():
+        raise InputError("--engine processes", "a system that forks processes", "use --engine inprocess or ray")
     if engine is Engine.RAY and importlib.util.find_spec("ray") is None:
         raise InputError(
             "--engine ray",
@@ -41,7 +39,15 @@ def check_engine(engine: Engine) -> None:
         )
 
 
-def run_apps(engine: Engine, server_app: ServerApp, client_app: ClientApp, sites: int, *, threads: int = 1) -> None:
+def run_apps(
+    engine: Engine,
+    server_app: ServerApp,
+    client_app: ClientApp,
+    sites: int,
+    *,
+    threads: int,
+    begin: Callable[[int], None],
+) -> None:
     """Run one federation to its end.
 
     Args:
@@ -50,6 +56,7 @@ def run_apps(engine: Engine, server_app: ServerApp, client_app: ClientApp, sites
         client_app: the sites'.
         sites: how many there are.
         threads: for a site's matrix products, in this process.
+        begin: called first in each of several processes, with its number.
 
     Raises:
         VeilError: whatever stopped the run.
@@ -57,8 +64,12 @@ def run_apps(engine: Engine, server_app: ServerApp, client_app: ClientApp, sites
     logging.getLogger("flwr").setLevel(logging.ERROR)
     if engine is Engine.RAY:
         _run_on_ray(server_app, client_app, sites)
+        return
+    context = Context(run_id=RUN_ID, node_id=1, node_config={}, state=RecordDict(), run_config={})
+    if engine is Engine.PROCESSES:
+        with ProcessGrid(client_app, sites, processes=os.cpu_count() or 1, begin=begin) as grid:
+            server_app(grid, context)
     else:
-        context = Context(run_id=RUN_ID, node_id=1, node_config={}, state=RecordDict(), run_config={})
         server_app(InProcessGrid(client_app, sites, threads=threads), context)
 
 

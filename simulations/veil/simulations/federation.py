@@ -16,8 +16,9 @@ from veil.common.head import initial_adapter
 from veil.common.plan import RunPlan
 from veil.server.app import Outcome, server_app
 from veil.server.state import RunState
-from veil.simulations.engine import Engine, run_apps
-from veil.simulations.workspace import Workspace
+from veil.simulations.engine import run_apps
+from veil.simulations.engines import Engine
+from veil.simulations.workspace import Workspace, keep_own_ledgers
 
 LARGE_HEAD = 2**16
 """Numbers of a head from which on its products are worth more than one thread."""
@@ -54,7 +55,9 @@ def federate(
         deliver=outcomes.append,
     )
     large = len(plan.task.labels) * width >= LARGE_HEAD
-    run_apps(engine, server, client_app(workspace), sites, threads=os.cpu_count() or 1 if large else 1)
+    threads = os.cpu_count() or 1 if large else 1
+    run_apps(engine, server, client_app(workspace), sites, threads=threads, begin=keep_own_ledgers)
+    workspace.gather()
     if not outcomes:
         raise RunError("the run ended without a model", "a tuned adapter", "look at the lines above")
     return outcomes[0]

@@ -76,12 +76,13 @@ class InProcessGrid(Grid):
         for message in waiting:
             message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
         ids = [message.metadata.message_id for message in waiting]
-        with self._blas.limit(limits=self._threads, user_api="blas"):
-            self._replies.update(zip(ids, map(self._answer, waiting), strict=True))
+        self._replies.update(zip(ids, self.answer(waiting), strict=True))
         return ids
 
-    def _answer(self, message: Message) -> Message:
-        return self._app(message=message, context=self._contexts[message.metadata.dst_node_id])
+    def answer(self, messages: list[Message]) -> list[Message]:
+        """All replies, in the order of the messages."""
+        with self._blas.limit(limits=self._threads, user_api="blas"):
+            return [self._app(message=one, context=self._contexts[one.metadata.dst_node_id]) for one in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Hand the replies out, each once."""

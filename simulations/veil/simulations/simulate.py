@@ -34,7 +34,8 @@ from veil.server.documents import write_documents
 from veil.server.model import TunedModel
 from veil.server.state import RunState
 from veil.simulations.baselines import Baselines, Pool, run_baselines
-from veil.simulations.engine import Engine, check_engine
+from veil.simulations.engine import check_engine
+from veil.simulations.engines import Engine
 from veil.simulations.federation import federate
 from veil.simulations.folders import fresh_folder, table_path
 from veil.simulations.partition import Share, partition

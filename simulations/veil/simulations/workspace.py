@@ -35,6 +35,7 @@ from veil.common.plan import Backbone, RunPlan, Simulation
 from veil.simulations.partition import Share
 from veil.simulations.unprivate_noise import FixedNoise, NoNoise
 
+_PART = "ledger-"
 _ARRAYS, _PLAN, _LEDGER, _KEY, _FEATURES = "records.npz", "plan.json", "ledger.sqlite", "sites.key", "features.npy"
 
 
@@ -95,6 +96,13 @@ class Workspace:
         """The SQLite file with all sites' lines."""
         return self.folder / _LEDGER
 
+    def gather(self) -> None:
+        """Bring the ledgers that other processes kept into the one file."""
+        for part in sorted(self.folder.glob(f"{_PART}*.sqlite")):
+            with closing(LineFile(self.ledger_path, durable=False)) as file:
+                file.absorb(part)
+            part.unlink()
+
     def copy_ledger_to(self, path: Path) -> None:
         """Write all sites' lines to a new file."""
         with closing(Ledger(self.ledger_path, "", _key(self.folder))) as ledger:
@@ -106,6 +114,11 @@ class Workspace:
             return _open(self.folder, int(str(context.node_config["partition-id"])))
 
 
+def keep_own_ledgers(share: int) -> None:
+    """From now on this process writes its sites' lines into a file of its own: none waits for another's lock."""
+    _shares[:] = [share]
+
+
 def close_workspaces() -> None:
     """Forget every opened site of this process, so that its folder can go."""
     for folder in _opened:
@@ -115,6 +128,7 @@ def close_workspaces() -> None:
         cached.cache_clear()
 
 
+_shares: list[int] = []
 _opening = threading.Lock()
 _opened: set[Path] = set()
 
@@ -158,9 +172,10 @@ def _rows_of(features: NDArray[np.floating], rows: NDArray[np.int64]) -> NDArray
 
 @lru_cache(maxsize=64)
 def _lines(folder: Path) -> LineFile:
-    """The one open file of all sites' ledgers."""
+    """The one open file of the ledgers of all sites that this process answers for."""
     _opened.add(folder)
-    return LineFile(folder / _LEDGER, durable=False)
+    name = f"{_PART}{_shares[0]}.sqlite" if _shares else _LEDGER
+    return LineFile(folder / name, durable=False)
 
 
 @lru_cache(maxsize=64)
