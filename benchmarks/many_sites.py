@@ -81,7 +81,7 @@ def main() -> None:
     options.add_argument("--sites", type=int, default=5000)
     options.add_argument("--records", type=int, default=100)
     options.add_argument("--width", type=int, default=384)
-    options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--output", type=Path, default=Path(__file__).parent / "MANY_SITES.md")
     chosen = options.parse_args()
     row = measure(chosen.sites, chosen.records, chosen.width, chosen.rounds)
