@@ -151,7 +151,7 @@ def main() -> None:
     """Measure and write the table."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--repeats", type=int, default=200)
-    options.add_argument("--limit", type=float, default=6.0, help="seconds for one variant of one size")
+    options.add_argument("--limit", type=float, default=2.0, help="seconds for one variant of one size")
     options.add_argument("--output", type=Path, default=Path(__file__).parent / "STEP.md")
     chosen = options.parse_args()
     torch.set_num_threads(1)

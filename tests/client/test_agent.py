@@ -219,7 +219,7 @@ def test_an_executor_without_an_answer_is_a_code(answer: bytes | Exception, mess
             desk.answer = encode_reply(RELEASED)
         return asked(frame)
 
-    desk.ask = ask  # type: ignore[method-assign]
+    desk.ask = ask  # type: ignore[method-assign]  # a fake at the seam
     scene.run(desk, line)
     first, second = line.sent
     assert REFUSED[message_type](first.content) is RefusalCode.INTERNAL

@@ -125,7 +125,8 @@ class HeadBatch:
     @property
     def nbytes(self) -> int:
         """Memory it takes."""
-        return sum(part.nbytes for part in (self.inputs, self.labels, self.unit, self.share, self.pairs, self.dots))
+        arrays = (self.inputs, self.labels, self.unit, self.share, self.pairs, self.dots, self.squares)
+        return sum(array.nbytes for array in arrays)
 
     def blocks(self) -> Iterator[HeadBatch]:
         """Itself."""
@@ -202,8 +203,7 @@ class Kept:
 
     def get(self, key: bytes) -> Batch | None:
         """The batch put last, if it was put under this key."""
-        kept = self._batch
-        return kept if self._key == key else None
+        return self._batch if self._key == key else None
 
     def put(self, key: bytes, batch: HeadBatch | HeadStream) -> None:
         """Keep a batch in the place of the last one, where there is room."""
@@ -216,7 +216,7 @@ class _Room:
     """Memory for kept batches, given back when a batch goes."""
 
     def __init__(self) -> None:
-        self._taken, self._mutex = 0, threading.Lock()
+        self._taken, self._mutex = 0, threading.RLock()  # a batch may go while its thread is in here
 
     def admit(self, batch: HeadBatch) -> bool:
         """Take a batch's bytes, until it goes; False where they are not free."""
@@ -229,7 +229,8 @@ class _Room:
         return True
 
     def _give_back(self, size: int) -> None:
-        self._taken -= size
+        with self._mutex:
+            self._taken -= size
 
 
 _ROOM = _Room()

@@ -37,7 +37,7 @@ def init(
     ],
     home: HomeOption = _HOME,
     port: Annotated[int, typer.Option(min=1, max=65535, help="The link's port.")] = 8443,
-    listen: Annotated[str, typer.Option(help="Address the link listens on.")] = "0.0.0.0",  # noqa: S104
+    listen: Annotated[str, typer.Option(help="Address the link listens on.")] = "0.0.0.0",  # noqa: S104 - sites are elsewhere
     page_address: Annotated[str, typer.Option(help="host:port of page and metrics.")] = "127.0.0.1:8480",
     health_address: Annotated[str, typer.Option(help="host:port of the gRPC health service.")] = "127.0.0.1:8481",
     certificate: Annotated[

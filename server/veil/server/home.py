@@ -47,7 +47,7 @@ class Settings(Section):
     """coordinator.toml."""
 
     hosts: tuple[Host, ...] = Field(min_length=1, description="names or addresses by which sites reach the link")
-    listen: str = Field(default="0.0.0.0", description="address that the link listens on")  # noqa: S104
+    listen: str = Field(default="0.0.0.0", description="address that the link listens on")  # noqa: S104 - sites are elsewhere
     port: int = Field(default=8443, ge=1, le=65535, description="port that the link listens on")
     page_address: Address = Field(
         default="127.0.0.1:8480", description='host:port of the status page and the Prometheus metrics; "" for none'

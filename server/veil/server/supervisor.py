@@ -129,7 +129,7 @@ class Supervisor:
 
     def _link_answers(self, context: ssl.SSLContext) -> bool:
         listen = self.home.settings.listen
-        address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listen, listen)  # noqa: S104
+        address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listen, listen)  # noqa: S104 - compared, not listened on
         host = f"[{address}]" if ":" in address else address
         import httpx
 

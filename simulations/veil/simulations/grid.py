@@ -2,8 +2,7 @@
 """A Flower Grid that calls the ClientApp in this process: no Ray, no sockets, no serialisation.
 
 Promises the ServerApp what any Grid promises; each node keeps its own Context from round to round. Nodes work one after
-the other: sites of small heads hold Python's lock most of the time, so that two threads are slower than one (12.3 s for
-9.5 s on two cores, benchmarks/speed, workload a).
+the other: sites of small heads hold Python's lock most of the time, and threads would only wait for it.
 """
 
 from __future__ import annotations
