@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export FLWR_TELEMETRY_ENABLED = 0
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help install install-dev demo federation test check bench accuracy clean
+.PHONY: help install install-dev demo federation test test-long check bench accuracy clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ federation: install ## a coordinator and three agents as processes over TLS; wri
 test: install-dev ## everything that decides whether a change is good
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+test-long: install-dev ## what that samples or leaves out for time: every death at every moment, the runbook, Ray
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n 2 --dist loadfile
+
 check: install-dev ## formatting, lint, types, arrows
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -50,8 +53,8 @@ bench: install-dev ## speed beside other simulators, each in an environment of i
 	$(BIN)/python benchmarks/many_sites.py
 	$(BIN)/python benchmarks/speed/run.py
 
-accuracy: install-dev ## the accuracy study of benchmarks/RESULTS.md (half an hour; DATASETS=folder for more than the demo)
-	$(BIN)/python benchmarks/accuracy.py $(if $(DATASETS),--datasets $(DATASETS))
+accuracy: install-dev ## the accuracy study of benchmarks/RESULTS.md (an hour; DATASETS=folder for more than the demo; METHODS=a,b again)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/accuracy.py $(if $(DATASETS),--datasets $(DATASETS)) $(if $(METHODS),--methods $(METHODS) --again)
 
 clean: ## remove .venv and runs
 	rm -rf $(VENV) runs

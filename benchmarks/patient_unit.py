@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from accuracy import EPSILONS, changed, measure, spread
+from figures import EPSILONS, changed, measure, spread
 
 from veil.client.examples import read_examples
 from veil.common.plan import RunPlan, parse_plan

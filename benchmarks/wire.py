@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
-from accuracy import EPSILONS, changed, fresh, spread
+from figures import EPSILONS, changed, fresh, spread
 
 from veil.common.plan import RunPlan, parse_plan
 from veil.server.run_report import wire_bytes

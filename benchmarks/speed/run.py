@@ -96,8 +96,18 @@ SYSTEMS = (
         changes={"a": {"rounds": 5}},
         notes={
             "a": "ε asked of Opacus each round, as in its example; 5 rounds of 20 measured, not extrapolated",
-            "c": "backbone in every round's forward pass; a pass of batches of 32 a round, as in its example",
+            "c": "backbone in every round's forward pass; a pass of batches of 32 and an evaluation a round, as in its "
+            "example",
         },
+        at_most=1,
+    ),
+    System(
+        name="flower-ray-opacus-unjudged",
+        script="peers/flower_opacus.py",
+        workloads="c",
+        environment="flower",
+        variables={"SPEED_EVALUATE": "no"},
+        notes={"c": "backbone in every round's forward pass; a pass of batches of 32 a round; no client evaluates"},
         at_most=1,
     ),
     System(

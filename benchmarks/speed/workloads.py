@@ -7,6 +7,7 @@ notes with the demo's division for (c).
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 from pathlib import Path
@@ -26,7 +27,7 @@ _PRIVATE = {"sigma": 1.0, "max_grad_norm": 0.5, "learning_rate": 4.0, "private":
 
 
 def prepare(name: str, work: Path) -> dict[str, object]:
-    """Make a workload's data, unless they are there, and describe it.
+    """Make a workload's data, unless this program made them before, and describe it.
 
     Args:
         name: a, b or c.
@@ -35,7 +36,7 @@ def prepare(name: str, work: Path) -> dict[str, object]:
     Returns:
         the document of contract.Workload, but for its `folder`.
     """
-    folder = work / "data" / name
+    folder = work / "data" / hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8] / name
     if not (folder / "workload.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         document = {"a": _head, "b": _many_clients, "c": _notes}[name](folder)
@@ -69,6 +70,7 @@ def _random_features(folder: Path, *, sites: int, records: int, width: int, clas
         "features": str(folder / "features.npy"),
         "notes": None,
         "test_notes": None,
+        "test_offsets": [],
         "backbone": None,
         "max_length": 0,
         "width": width,
@@ -89,6 +91,7 @@ def _notes(folder: Path) -> dict[str, object]:
     held_out = {"texts": [str(examples.inputs[row]) for row in test], "labels": examples.labels[test].tolist()}
     _write(folder / "test.json", held_out)
     described = _described(folder, examples.labels[train], [len(share.train) for share in shares])
+    described["test_offsets"] = [0, *np.cumsum([len(share.test) for share in shares]).tolist()]
     work = {"rounds": plan.training.rounds, "cohort": len(shares), "batch": 32, "local_steps": 1, "sample_rate": 1.0}
     task = {"max_length": plan.task.max_length, "width": 384, "classes": len(plan.task.labels)}
     files = {"features": None, "notes": str(folder / "notes.json"), "test_notes": str(folder / "test.json")}

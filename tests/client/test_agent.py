@@ -24,7 +24,7 @@ from veil.client.connection import Connection, DeclinedError, NotAdmittedError, 
 from veil.client.workbench import ExecutorLostError, Workbench
 from veil.common.delivery import Progress, Standing
 from veil.common.errors import RefusalCode
-from veil.common.exchange import OfferReply, RoundReply, StatementReply, Willingness
+from veil.common.exchange import KeyReply, OfferReply, RoundReply, StatementReply, Willingness
 from veil.common.head import WEIGHT
 from veil.common.update import Update
 from veil.common.wire import (
@@ -36,6 +36,7 @@ from veil.common.wire import (
     decode_progress,
     decode_reply,
     decode_statement_reply,
+    encode_key_reply,
     encode_offer_reply,
     encode_progress,
     encode_reply,
@@ -309,32 +310,34 @@ def test_a_tally_counts_rounds_and_refused_offers() -> None:
     tally = Tally()
     refusal = RoundReply(site="Ulm", job="study", round=1, refusal=RefusalCode.BUDGET)
     declined = OfferReply(job="other", willingness=Willingness.REFUSED, refusal=RefusalCode.POLICY)
+    unshared = KeyReply(job="other", refusal=RefusalCode.POLICY)
     contents = [
-        encode_reply(RELEASED),
-        encode_reply(RELEASED),
-        encode_reply(refusal),
-        encode_offer_reply(declined),
-        encode_reply(refusal),
+        (encode_reply(RELEASED), "train"),
+        (encode_reply(RELEASED), "train"),
+        (encode_reply(refusal), "train"),
+        (encode_offer_reply(declined), "offer"),
+        (encode_key_reply(unshared), "keys"),
+        (encode_reply(refusal), "train"),
     ]
-    for content in contents:
-        tally.note(content)
-    assert (tally.released, tally.refused) == (2, {"budget": 2, "policy": 1})
+    for content, action in contents:
+        tally.note(content, action)
+    assert (tally.released, tally.refused) == (2, {"budget": 2, "policy": 2})
     assert tally.last == {"job": "study", "outcome": "budget"}
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "action"),
     [
-        encode_offer_reply(OfferReply(job="other", willingness=Willingness.READY)),
-        encode_offer_reply(OfferReply(job="other", willingness=Willingness.PENDING)),
-        encode_progress(Progress(manifest="a" * 64, standing=Standing.COMPLETE)),
-        encode_progress(Progress(manifest="", standing=Standing.REFUSED, refusal=RefusalCode.MALFORMED)),
-        encode_statement_reply(StatementReply(job="other", refusal=RefusalCode.APPROVAL)),
-        RecordDict(),
+        (encode_offer_reply(OfferReply(job="other", willingness=Willingness.READY)), "offer"),
+        (encode_offer_reply(OfferReply(job="other", willingness=Willingness.PENDING)), "offer"),
+        (encode_progress(Progress(manifest="a" * 64, standing=Standing.COMPLETE)), "chunk"),
+        (encode_progress(Progress(manifest="", standing=Standing.REFUSED, refusal=RefusalCode.MALFORMED)), "manifest"),
+        (encode_statement_reply(StatementReply(job="other", refusal=RefusalCode.APPROVAL)), "statement"),
+        (RecordDict(), "train"),
     ],
     ids=["ready", "pending", "delivered", "delivery refused", "no statement", "nothing"],
 )
-def test_other_messages_are_not_counted(content: RecordDict) -> None:
+def test_other_messages_are_not_counted(content: RecordDict, action: str) -> None:
     tally = Tally()
-    tally.note(content)
+    tally.note(content, action)
     assert (tally.released, tally.refused, tally.last) == (0, {}, {})

@@ -31,7 +31,7 @@ def write(folder: Path, text: str, name: str = "t.csv") -> Path:
 def read(
     table: Path, unit: PrivacyUnit = RECORD, site: str | None = None, task: Task = TASK, **columns: Any
 ) -> Examples:
-    if not columns.keys() & {"text", "text_template", "image", "features"}:
+    if not columns.keys() & {"text", "text_template", "image", "audio", "features"}:
         columns["text"] = "body"
     return read_examples(table, Columns(label="label", **columns), task, unit=unit, site_column=site)
 
@@ -98,12 +98,14 @@ def test_a_template_is_rendered(tmp_path: Path) -> None:
     assert examples.inputs == ("63 years, man", "woman")
 
 
-def test_image_paths_are_relative_to_the_table_and_are_not_opened(tmp_path: Path) -> None:
-    folder = tmp_path / "images"
+@pytest.mark.parametrize(("kind", "name"), [("image", "x.png"), ("audio", "x.WAV")])
+def test_paths_are_relative_to_the_table_and_no_file_is_opened(tmp_path: Path, kind: str, name: str) -> None:
+    folder = tmp_path / "files"
     folder.mkdir()
-    (folder / "x.png").write_bytes(b"not an image")
-    examples = read(write(tmp_path, "path,label\nimages/x.png,ill\n"), image="path")
-    assert examples.inputs == (folder / "x.png",)
+    (folder / name).write_bytes(b"neither an image nor a sound")
+    columns: dict[str, Any] = {kind: "path"}
+    examples = read(write(tmp_path, f"path,label\nfiles/{name},ill\n"), **columns)
+    assert examples.inputs == (folder / name,)
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
@@ -225,10 +227,20 @@ def test_refused_text_of_blanks_only(tmp_path: Path) -> None:
     assert 'column "body", row 1 (and 1 more): no text' in refusal(write(tmp_path, 'body,label\n" ",ill\n"",ill\n'))
 
 
-def test_refused_image_that_is_not_there(tmp_path: Path) -> None:
-    (tmp_path / "a.png").touch()
-    message = refusal(write(tmp_path, "path,label\na.png,ill\nb/c.png,ill\n"), image="path")
-    assert f'column "path", row 2: no file {tmp_path / "b" / "c.png"}' in message
+@pytest.mark.parametrize(("kind", "end"), [("image", "png"), ("audio", "wav")])
+def test_refused_file_that_is_not_there(tmp_path: Path, kind: str, end: str) -> None:
+    (tmp_path / f"a.{end}").touch()
+    message = refusal(write(tmp_path, f"path,label\na.{end},ill\nb/c.{end},ill\n"), **{kind: "path"})
+    assert f'column "path", row 2: no file {tmp_path / "b" / f"c.{end}"}' in message
+
+
+@pytest.mark.parametrize("name", ["a.flac", "a.ogg", "a.mp3", "a"])
+def test_refused_sound_that_is_no_wav_file(tmp_path: Path, name: str) -> None:
+    for one in ("a.wav", name):
+        (tmp_path / one).touch()
+    message = refusal(write(tmp_path, f"path,label\na.wav,ill\n{name},ill\n"), audio="path")
+    assert f'column "path", row 2: {name}' in message
+    assert "WAV" in message and "ffmpeg" in message
 
 
 @pytest.mark.parametrize("bad", ["", "high", "inf", "NaN"])

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -145,6 +147,26 @@ def test_another_width_starts_over(store: FeatureStore) -> None:
     rows = store.find(DIGESTS)
     assert (rows.width, list(rows.row_of)) == (WIDTH + 1, [DIGESTS[0]])
     assert np.array_equal(mapped, ROWS[:6]), "who has mapped the old file keeps it"
+
+
+def test_who_reads_while_a_store_is_laid_out_never_breaks_it(tmp_path: Path) -> None:
+    stores = [FeatureStore(tmp_path, f"encoder {number}") for number in range(200)]
+
+    done = threading.Event()
+
+    def read_until_whole() -> None:
+        for store in stores:
+            while found(store) != [0, 1] and not done.is_set():
+                pass
+
+    with ThreadPoolExecutor(3) as pool:
+        readers = [pool.submit(read_until_whole) for _ in range(3)]
+        try:
+            for store in stores:
+                write(store, DIGESTS[:2], ROWS[:2])
+        finally:
+            done.set()
+    assert [reader.result() for reader in readers] == [None] * 3
 
 
 def test_what_was_added_before_an_error_stays(store: FeatureStore) -> None:

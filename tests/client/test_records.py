@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from veil.client.records import LoggedProgress, SiteRecords, look
 from veil.client.site_file import SiteFile, parse_site
+from veil.client.units import Units
 from veil.common.errors import InputError, RefusalCode, RefusalError, RunError, TableError, WeightsError
 from veil.common.plan import Backbone, Evaluation, RunPlan, Task, Training
 
@@ -94,6 +95,13 @@ def make_file(tmp_path: Path) -> Callable[..., SiteFile]:
 MakeFile = Callable[..., SiteFile]
 
 
+def head_units(records: SiteRecords, of: RunPlan) -> Units:
+    """The units of a plan that tunes a head."""
+    units = records(of)
+    assert isinstance(units, Units)
+    return units
+
+
 def plan(task: dict[str, Any] | None = None, sha256: str | None = SHA256, **privacy: Any) -> RunPlan:
     kind = "text-classification" if sha256 else "tabular-classification"
     document: dict[str, Any] = {
@@ -107,11 +115,11 @@ def plan(task: dict[str, Any] | None = None, sha256: str | None = SHA256, **priv
 
 
 def test_records_come_as_units_of_the_plan_s_kind(make_file: MakeFile, store: FakeStore) -> None:
-    units = SiteRecords(make_file(), store.find_backbone)(plan())
+    units = head_units(SiteRecords(make_file(), store.find_backbone), plan())
     assert units.count == 6
     assert units.labels.tolist() == [1, 1, 0, 0, 1, 0]
     assert units.features.tolist() == [[len(one), one.count(" ")] for one in TEXTS]
-    by_patient = SiteRecords(make_file(patient="mrn"), store.find_backbone)(plan(unit="patient"))
+    by_patient = head_units(SiteRecords(make_file(patient="mrn"), store.find_backbone), plan(unit="patient"))
     assert by_patient.count == 3
     assert by_patient.sizes.tolist() == [3, 1, 2]
 
@@ -123,7 +131,7 @@ def test_an_evaluation_holds_units_out_by_what_they_are(make_file: MakeFile, sto
 
     def sides(rows: list[str], of: RunPlan) -> tuple[list[float], list[float]]:
         table.write_text("\n".join(["body,ill,mrn,age", *rows]) + "\n", encoding="utf-8")
-        units = SiteRecords(make_file(patient="mrn" if of.privacy.unit == "patient" else None), encode)(of)
+        units = head_units(SiteRecords(make_file(patient="mrn" if of.privacy.unit == "patient" else None), encode), of)
         assert units.held is not None
         return units.features[:, 0].tolist(), units.held.features[:, 0].tolist()
 
@@ -146,7 +154,7 @@ def test_an_evaluation_holds_units_out_by_what_they_are(make_file: MakeFile, sto
 
 
 def test_numbers_need_no_backbone(make_file: MakeFile, store: FakeStore) -> None:
-    units = SiteRecords(make_file(text=None, features=["age"]), store.find_backbone)(plan(sha256=None))
+    units = head_units(SiteRecords(make_file(text=None, features=["age"]), store.find_backbone), plan(sha256=None))
     assert units.features.tolist() == [[0.0], [1.0], [2.0], [3.0], [4.0], [5.0]]
     assert store.found == []
 
@@ -175,7 +183,7 @@ def test_another_backbone_is_loaded_anew(change: dict[str, str], make_file: Make
     assert len(store.found) == 2
 
 
-@pytest.mark.parametrize("task", [{"max_length": 8}, {"image_size": 64}])
+@pytest.mark.parametrize("task", [{"max_length": 8}, {"image_size": 64}, {"max_seconds": 2.0}])
 def test_another_way_to_read_a_record_loads_anew(task: dict[str, int], make_file: MakeFile, store: FakeStore) -> None:
     records = SiteRecords(make_file(), store.find_backbone)
     records(plan())
@@ -248,7 +256,7 @@ def test_a_table_that_is_not_as_described_is_refused_before_anything_is_computed
 def test_a_width_that_fits_is_taken(make_file: MakeFile, store: FakeStore) -> None:
     file = make_file(text=None, features=["age", "mrn_number"])
     (file.folder / "reports.csv").write_text("ill,age,mrn_number\n1,2,3\n0,4,5\n", encoding="utf-8")
-    units = SiteRecords(file, store.find_backbone)(plan({"width": 2}, None))
+    units = head_units(SiteRecords(file, store.find_backbone), plan({"width": 2}, None))
     assert units.features.tolist() == [[2.0, 3.0], [4.0, 5.0]]
 
 
@@ -260,8 +268,8 @@ def test_a_patient_unit_needs_a_patient_column(make_file: MakeFile, store: FakeS
 def test_which_records_of_a_patient_take_part_outlives_the_process(make_file: MakeFile, store: FakeStore) -> None:
     file = make_file(patient="mrn")
     few = plan(unit="patient", max_records_per_patient=1)
-    first = SiteRecords(file, store.find_backbone)(few)
-    again = SiteRecords(file, store.find_backbone)(few)
+    first = head_units(SiteRecords(file, store.find_backbone), few)
+    again = head_units(SiteRecords(file, store.find_backbone), few)
     assert first.sizes.tolist() == [1, 1, 1]
     assert first.features.tolist() == again.features.tolist()
 
@@ -315,7 +323,7 @@ def test_a_database_serves_as_well(make_file: MakeFile, store: FakeStore, tmp_pa
         database.execute("CREATE TABLE t (body TEXT, ill INTEGER)")
         database.executemany("INSERT INTO t VALUES (?, ?)", zip(TEXTS, map(int, LABELS), strict=True))
     file = make_file(table="sqlite:///a.db", query="SELECT body, ill FROM t")
-    assert SiteRecords(file, store.find_backbone)(plan()).labels.tolist() == [1, 1, 0, 0, 1, 0]
+    assert head_units(SiteRecords(file, store.find_backbone), plan()).labels.tolist() == [1, 1, 0, 0, 1, 0]
     assert look(file).labels == {"yes": 3, "no": 3}
 
 
@@ -367,7 +375,7 @@ def test_an_image_that_cannot_be_read_counts_as_zero(make_file: MakeFile, tmp_pa
 
     store = FakeStore()
     store.encoder = Picky()
-    units = SiteRecords(make_file(), store.find_backbone)(plan())
+    units = head_units(SiteRecords(make_file(), store.find_backbone), plan())
     assert not units.features[1].any()
     assert units.features[0].any()
 

@@ -21,11 +21,19 @@ from veil.client import release
 from veil.client.gradient import clipped_head_sum, clipped_mean_sum
 from veil.client.head_batch import HeadBatch
 from veil.client.optimizer import LatticeOptimizer
-from veil.client.release import centre_update, delta_update, draw, evaluation_update, gradient_update
+from veil.client.release import (
+    centre_update,
+    delta_update,
+    draw,
+    evaluation_update,
+    gradient_update,
+    statistics_update,
+)
 from veil.client.units import Units
 from veil.common.evaluation import EVALUATION, EVALUATION_NORM
 from veil.common.exchange import RoundRequest
-from veil.common.head import CENTRE, WEIGHT
+from veil.common.head import CENTRE, WEIGHT, unit_rows
+from veil.common.moments import MOMENTS_NORM, STATISTICS, Moments
 from veil.common.noise import NoiseSource, OSNoise, clip_bound, spacing
 from veil.common.plan import Evaluation, RunPlan
 from veil.common.privacy import Mechanism
@@ -39,6 +47,7 @@ FIVE = 5.1
 """Standard errors allowed: beyond them once in 3·10⁶."""
 
 CLASSES, WIDTH = 5, 200
+ONE_SHOT = {"algorithm": "one-shot", "rounds": 1}
 
 
 class Halved(OSNoise):
@@ -111,6 +120,30 @@ def test_a_gradient_carries_its_noise(records: Units) -> None:
 
     for noise, right in ((OSNoise(), True), (Weaker(), False), (Halved(), False), (silent(), False)):
         assert has_unit_noise(residuals(gradient, noise, WEIGHT, 2.0 * 0.5, times=80)) is right
+
+
+@pytest.mark.statistical
+def test_one_message_carries_its_noise(records: Units) -> None:
+    """False alarm: 7e-7 a case. No noise, half of it and 97 % of it are noticed."""
+    paid = mechanism(3.0, max_grad_norm=MOMENTS_NORM)
+
+    def message(noise: NoiseSource) -> Update:
+        return statistics_update(records, CLASSES, paid, noise)
+
+    for noise, right in ((OSNoise(), True), (Weaker(), False), (Halved(), False), (silent(), False)):
+        assert has_unit_noise(residuals(message, noise, STATISTICS, 3.0 * MOMENTS_NORM, times=4)) is right
+
+
+def test_without_noise_one_message_is_the_moments_of_all_units(make_units: Callable[..., Units]) -> None:
+    """But for what the lattice takes: less than a thousandth of a unit."""
+    units = make_units(50, most=4)
+    update = statistics_update(units, 3, mechanism(max_grad_norm=MOMENTS_NORM), silent())
+    numbers = np.asarray(update.points[STATISTICS] * update.spacing, np.float64)
+    moments = Moments.from_vector(numbers, width=6, classes=3)
+    means = units.means(np.einsum("nd,ne->nde", unit_rows(units.features), unit_rows(units.features)).reshape(-1, 36))
+    np.testing.assert_allclose(moments.products.ravel(), means.sum(axis=0), atol=1e-3)
+    np.testing.assert_allclose(moments.sums.sum(axis=0), units.mean_rows().sum(axis=0), atol=1e-3)
+    assert moments.counts.sum() == pytest.approx(50, abs=1e-2)
 
 
 def delta(batch: HeadBatch, paid: Mechanism, variant: Callable[..., Update] = delta_update) -> Release:
@@ -387,8 +420,8 @@ def test_an_evaluation_reads_the_units_held_out_and_no_others(
 @pytest.mark.parametrize("count", [0, 1, 30])
 @pytest.mark.parametrize(
     ("training", "evaluation"),
-    [({}, None), ({}, Evaluation()), ({"algorithm": "dp-fedavg", "sample_rate": 0.2}, None)],
-    ids=["fedsgd", "evaluated", "fedavg"],
+    [({}, None), ({}, Evaluation()), ({"algorithm": "dp-fedavg", "sample_rate": 0.2}, None), (ONE_SHOT, Evaluation())],
+    ids=["fedsgd", "evaluated", "fedavg", "one-shot"],
 )
 def test_every_round_sends_lattice_points_of_a_public_shape_only(
     training: dict[str, Any],
@@ -400,7 +433,11 @@ def test_every_round_sends_lattice_points_of_a_public_shape_only(
 ) -> None:
     plan = make_plan(training).model_copy(update={"evaluation": evaluation})
     units = replace(make_units(count, most=2), held=make_units(count, most=2))
-    shapes = {ReleaseKind.CENTRE: (CENTRE, (7,)), ReleaseKind.EVALUATION: (EVALUATION, (9,))}
+    shapes = {
+        ReleaseKind.CENTRE: (CENTRE, (7,)),
+        ReleaseKind.EVALUATION: (EVALUATION, (9,)),
+        ReleaseKind.STATISTICS: (STATISTICS, (42,)),
+    }
     for planned in schedule(plan):
         update = draw(make_request(plan, planned.round), planned, units, OSNoise())
         name, shape = shapes.get(planned.kind, (WEIGHT, (3, 7)))

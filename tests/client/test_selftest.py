@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from veil.client import gradient, optimizer, release, selftest
+from veil.client import gradient, moment_sums, optimizer, release, selftest
 from veil.client.head_batch import HeadBatch
 from veil.client.selftest import examine_step
 from veil.client.units import Units
@@ -112,6 +113,16 @@ def mean_clipped_before_the_constant(rows: Sum, constant: float, bound: float) -
     return total
 
 
+def moment_unclipped(units: Units, classes: int, bound: float) -> Sum:
+    return moment_sums.clipped_moment_sum(units, classes, UNBOUND)
+
+
+def moment_of_the_sum_over_records(units: Units, classes: int, bound: float) -> Sum:
+    """A unit of several records counts several times."""
+    alone = replace(units, unit=np.arange(len(units.unit)), count=len(units.unit))
+    return moment_sums.clipped_moment_sum(alone, classes, bound)
+
+
 @pytest.mark.parametrize(
     "broken",
     [
@@ -121,11 +132,13 @@ def mean_clipped_before_the_constant(rows: Sum, constant: float, bound: float) -
         mean_unclipped,
         mean_clipped_per_batch,
         mean_clipped_before_the_constant,
+        moment_unclipped,
+        moment_of_the_sum_over_records,
     ],
     ids=lambda broken: broken.__name__,
 )
 def test_clipping_that_does_not_hold_is_found(broken: Callable[..., Sum], monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "clipped_head_sum" if broken.__name__.startswith("head") else "clipped_mean_sum"
+    name = f"clipped_{broken.__name__.split('_')[0]}_sum"
     monkeypatch.setattr(selftest, name, broken)
     with pytest.raises(RunError, match="one unit's"):
         examine_step()

@@ -169,9 +169,10 @@ def test_an_answer_is_as_narrow_as_the_plan_says_by_its_noised_numbers_alone(
     site = replace(site, policy=site.policy.model_copy(update={"limits": boundless}))
     for release in schedule(plan)[:-1]:
         request, sent = make_request(plan, release.round), bits if release.round else 32
+        units = site.units(plan)
+        assert isinstance(units, Units)
         noised, clean = (
-            draw(request, release, site.units(plan), source(0, "Ulm", release.round))
-            for source in (FixedNoise, NoNoise)
+            draw(request, release, units, source(0, "Ulm", release.round)) for source in (FixedNoise, NoNoise)
         )
         reply = site.answer(request)
         assert reply.update is not None

@@ -32,8 +32,11 @@ FULL: list[dict[str, Any]] = [
             "values": {"sex": {"0": "woman", "1.0": NASTY}, "a.b": {NASTY: "x"}},
             "missing_values": {"age": [-1, 2.5, "?", True]},
             "label": "adverse",
+            "form": "multilabel",
             "labels": {"1": "yes", NASTY: "no", "": "none"},
             "patient": "mrn",
+            "group": "sex",
+            "groups": {"0": "women", NASTY: "men"},
         },
         "limits": {
             "epsilon_per_run": 1e-3,
@@ -45,7 +48,10 @@ FULL: list[dict[str, Any]] = [
             "approval": "auto-within-limits",
             "licences": ["Apache-2.0", "MIT"],
             "accept_backbone": False,
+            "min_cohort": 5,
+            "colluding_of_ten": 1,
         },
+        "peers": {"Bonn": "0" * 64, f"{NASTY}!": "f" * 64},
         "coordinator": {"url": "https://veil.example", "ca": "/etc/ca.pem"},
         "agent": {
             "state": "here",
@@ -57,10 +63,13 @@ FULL: list[dict[str, Any]] = [
             "mirror": "m",
             "cache_precision": "float16",
             "cache_max_gb": 0.5,
+            "max_memory_gb": 2.5,
             "device": "cpu",
         },
     },
     {**SMALL, "data": {"table": "t.csv", "image": "path", "label": "l", "labels": {"l": "m"}}},
+    {**SMALL, "data": {"table": "t.csv", "audio": "path", "label": "l", "labels": {"l": "m"}}},
+    {**SMALL, "data": {"table": "t.csv", "text": "a", "question": "q", "form": "answers", "label": "l"}},
     {**SMALL, "data": {"table": "t.csv", "features": ["a", NASTY], "label": "l", "labels": {"l": "m"}}},
     {
         **SMALL,
@@ -100,14 +109,15 @@ def test_what_is_written_parses_again_to_the_same_values(answers: dict[str, Any]
     assert answers == before
     assert read_site_file(path) == returned == parse_site(answers, path)
     said = tomllib.loads(path.read_text(encoding="utf-8"))
-    for section in ("data", "limits", "coordinator", "agent"):
+    for section in ("data", "limits", "coordinator", "agent", "peers"):
         given = {key: value for key, value in answers.get(section, {}).items() if value}
-        assert given.items() <= said[section].items()
+        assert given.items() <= said.get(section, {}).items()
 
 
 def test_the_answers_above_cover_every_key() -> None:
-    given = {f"{name}.{key}" for one in FULL for name, part in one.items() if name != "name" for key in part}
-    assert {*given, "name"} == set(keys())
+    plain = {"name", "peers"}
+    given = {f"{name}.{key}" for one in FULL for name, part in one.items() if name not in plain for key in part}
+    assert given | plain == set(keys()) and plain <= set(FULL[0])
 
 
 @pytest.mark.parametrize("key", keys())

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -164,6 +165,16 @@ def test_local_steps_are_called_changes_of_weights(make_plan: MakePlan) -> None:
     assert "2 × a change of weights (head.weight) of 9 numbers" in words
 
 
+def test_one_message_is_called_what_it_is(make_plan: MakePlan) -> None:
+    """Two features: 3 products, then 3 classes × 3 numbers."""
+    words = said(make_plan(training={"algorithm": "one-shot", "rounds": 1}), site())
+    assert "Leaves this site: 1 releases: 1 × sums of the features' products and of the features by class" in words
+    assert "with counts (statistics) of 12 numbers, 12 numbers in all" in words
+    assert "Rounds: 1, each with" in words
+    one_shot = RunPlan.model_validate({**json.loads(text_plan().to_json()), "training": {"algorithm": "one-shot"}})
+    assert "of features × (features + 1) / 2 + 2 × (features + 1) numbers" in said(one_shot, site(**TEXT))
+
+
 def test_without_a_known_width_sizes_are_formulas() -> None:
     words = said(text_plan(), site(**TEXT))
     assert "of 2 × (features + 1) numbers" in words
@@ -214,6 +225,7 @@ def test_weights_are_named_with_hash_and_licence(licence: str, licences: list[st
         (TEXT, "text from body"),
         ({"features": None, "text_template": "{age} years"}, "text from {age} years"),
         ({"features": None, "image": "path"}, "images from path"),
+        ({"features": None, "audio": "path"}, "sounds from path"),
     ],
 )
 def test_the_columns_that_are_read_are_named(data: dict[str, Any], words: str, make_plan: MakePlan) -> None:

@@ -22,9 +22,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from veil.common.backbone import FrozenBackbone, load_backbone
+from veil.common.conversion import converted
 from veil.common.errors import RunError, TableError, WeightsError
 from veil.common.lazy_backbone import find_backbone
-from veil.common.lite0 import converted
 from veil.common.plan import Backbone, Task
 from veil.common.weights import fingerprint, locate
 

@@ -25,18 +25,17 @@ from veil.common.delivery import (
     shelved,
 )
 from veil.common.errors import RefusalCode, WeightsError
+from veil.common.pickled import LITE0
 from veil.common.plan import Backbone
 from veil.common.weights import (
     COMPANIONS,
-    LITE0_FILES,
-    LITE0_SAFETENSORS,
     WEIGHTS_NAME,
     files_digest,
     fingerprint,
 )
 
 A, B, C = ("a" * 64, "b" * 64, "c" * 64)
-LITE0_SHA256, LITE0_WEIGHTS = next(iter(LITE0_SAFETENSORS.items()))
+LITE0_SHA256, LITE0_WEIGHTS = next(iter(LITE0.safetensors.items()))
 FOREIGN = [
     "",
     ".",
@@ -173,10 +172,10 @@ def test_a_manifest_is_held_against_the_plan() -> None:
 
 
 def test_the_one_pickled_backbone_travels_as_its_known_safetensors_file() -> None:
-    files = [entry(name, 9, sha256) for name, sha256 in LITE0_FILES.items()]
+    files = [entry(name, 9, sha256) for name, sha256 in LITE0.files.items()]
     converted = manifest(*files, entry(WEIGHTS_NAME, 9, LITE0_WEIGHTS))
     converted.check(backbone(LITE0_SHA256))
-    converted.check(backbone(LITE0_SHA256, files_digest(LITE0_FILES)))
+    converted.check(backbone(LITE0_SHA256, files_digest(LITE0.files)))
     with pytest.raises(WeightsError, match="pinned weights"):
         converted.check(backbone(LITE0_SHA256, C))
     with pytest.raises(WeightsError, match="pinned weights"):

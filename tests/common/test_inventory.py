@@ -15,10 +15,11 @@ from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2, run_pb2
 from veil.common import wire
 from veil.common.delivery import Position, Progress, Standing
 from veil.common.errors import RefusalCode
-from veil.common.exchange import OfferReply, RoundReply, StatementReply, Willingness
+from veil.common.exchange import KeyReply, OfferReply, RoundReply, StatementReply, Willingness
 from veil.common.inventory import ENVELOPE, FIELDS, TRAIN, WITHHELD, Mark, check_outgoing, known, table
+from veil.common.masking import Member
 from veil.common.statement import SignedStatement
-from veil.common.update import Update
+from veil.common.update import MaskedUpdate, Update
 from veil.common.wire import CHUNK, MANIFEST, OFFER, STATEMENT, WireError
 
 DIGEST = "0" * 64
@@ -26,6 +27,8 @@ UPDATE = Update(points={"head.weight": np.zeros((2, 3), np.int32)}, spacing=0.5)
 SIGNED = SignedStatement(text="{}", signature=b"s", public_pem=b"p")
 RELEASED = RoundReply(site="Ulm", job="job", round=1, update=UPDATE, head=DIGEST, units=7)
 REFUSED = RefusalCode.INTERNAL
+HIDDEN = MaskedUpdate(words={"head.weight": np.zeros((2, 3), np.uint64)}, spacing=0.5)
+MEMBER = Member(site="Ulm", masking_key=bytes(32), signature=b"s", public_pem=b"p")
 
 REPLIES: dict[str, tuple[type, list[RecordDict]]] = {
     TRAIN: (
@@ -33,6 +36,7 @@ REPLIES: dict[str, tuple[type, list[RecordDict]]] = {
         [
             wire.encode_reply(RELEASED),
             wire.encode_reply(RoundReply(site="Ulm", job="job", round=1, refusal=REFUSED, head=DIGEST)),
+            wire.encode_reply(RoundReply(site="Ulm", job="job", round=1, masked=HIDDEN)),
         ],
     ),
     OFFER: (
@@ -51,6 +55,13 @@ REPLIES: dict[str, tuple[type, list[RecordDict]]] = {
         )
         for action in (MANIFEST, CHUNK)
     },
+    wire.KEYS: (
+        KeyReply,
+        [
+            wire.encode_key_reply(KeyReply(job="job", member=MEMBER)),
+            wire.encode_key_reply(KeyReply(job="job", refusal=REFUSED)),
+        ],
+    ),
     STATEMENT: (
         StatementReply,
         [
@@ -65,7 +76,7 @@ def sent(content: RecordDict) -> set[str]:
     """What a message holds, read off the records themselves."""
     names = {name for record in content.config_records.values() for name in record}
     names |= {name for record in content.metric_records.values() for name in record}
-    return names | ({"arrays"} if content.array_records else set())
+    return names | set(content.array_records)
 
 
 @pytest.mark.parametrize("action", REPLIES)
@@ -80,7 +91,8 @@ def test_every_field_that_is_sent_is_marked_and_every_mark_is_of_a_field(action:
 
 def test_every_query_and_the_round_have_their_replies_listed() -> None:
     encoders = {name for name in vars(wire) if name.startswith("encode_") and name.endswith(("reply", "progress"))}
-    assert encoders == {"encode_reply", "encode_offer_reply", "encode_progress", "encode_statement_reply"}
+    replies = {"encode_reply", "encode_offer_reply", "encode_statement_reply", "encode_key_reply"}
+    assert encoders == {*replies, "encode_progress"}
     assert set(REPLIES) == {field.action for field in FIELDS}
 
 
@@ -168,5 +180,5 @@ def test_privacy_md_holds_the_inventory() -> None:
 
 
 def test_only_an_update_is_noised_and_only_what_an_owner_says_is_declared() -> None:
-    assert {field.name for field in FIELDS if field.mark is Mark.NOISED} == {"arrays", "spacing"}
+    assert {field.name for field in FIELDS if field.mark is Mark.NOISED} == {"arrays", "masked", "spacing"}
     assert {field.name for field in FIELDS if field.mark is Mark.DECLARED} == {"site", "units"}

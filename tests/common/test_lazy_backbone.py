@@ -25,6 +25,7 @@ from veil.common.weights import fingerprint
 
 TEXT = Task(kind="text-classification", labels=("no", "yes"), max_length=32)
 IMAGE = Task(kind="image-classification", labels=("no", "yes"), image_size=64)
+SOUND = Task(kind="audio-classification", labels=("no", "yes"), max_seconds=2.0)
 
 
 @pytest.fixture
@@ -65,6 +66,8 @@ def test_each_of_it_shows(find: Find, folder: Path, monkeypatch: pytest.MonkeyPa
     keys = [find(TEXT).preprocessing, find(IMAGE).preprocessing]
     keys.append(find(TEXT.model_copy(update={"max_length": 33})).preprocessing)
     keys.append(find(IMAGE.model_copy(update={"image_size": 65})).preprocessing)
+    keys.append(find(SOUND).preprocessing)
+    keys.append(find(SOUND.model_copy(update={"max_seconds": 3.0})).preprocessing)
     (folder / "config.json").write_text('{"model_type": "other"}')
     keys.append(find(TEXT).preprocessing)
     (folder / "vocab.txt").write_text("a")

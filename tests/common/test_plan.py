@@ -120,6 +120,31 @@ def test_a_width_that_is_none_is_named_and_a_width_is_part_of_the_hash(tmp_path:
         parse(tmp_path, f"{DESIGN}[wire]\n{wrong}\n")
 
 
+ONE_SHOT = DESIGN.replace('algorithm = "dp-fedsgd"\nrounds = 30', 'algorithm = "one-shot"')
+
+
+def test_one_shot_says_itself_that_it_is_one_round_without_centring(tmp_path: Path) -> None:
+    """And needs no public number of units: its message counts them."""
+    plan = parse(tmp_path, ONE_SHOT)
+    assert (plan.training.rounds, plan.training.centre) == (1, False)
+    assert RunPlan.from_json(plan.to_json()) == plan
+    said = ONE_SHOT.replace('"one-shot"', '"one-shot"\nrounds = 1\ncentre = false')
+    assert parse(tmp_path, said).sha256 == plan.sha256
+    shared = parse(tmp_path, ONE_SHOT.replace('noise = "local"', 'noise = "distributed"'))
+    assert shared.privacy.noise == "distributed"
+
+
+@pytest.mark.parametrize("line", ["rounds = 30", "centre = true", "learning_rate = 4.0"])
+def test_one_shot_with_what_it_does_not_have_is_refused(tmp_path: Path, line: str) -> None:
+    with pytest.raises(PlanError, match=rf"{line} with algorithm = .one-shot.*leave it out"):
+        parse(tmp_path, ONE_SHOT.replace('"one-shot"', f'"one-shot"\n{line}'))
+
+
+def test_one_shot_asks_everybody(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"cohort\.sites_per_round = 3 with training\.algorithm"):
+        parse(tmp_path, ONE_SHOT.replace("min_sites = 2", "min_sites = 2\nsites_per_round = 3"))
+
+
 @pytest.mark.parametrize(
     "columns",
     [
@@ -128,6 +153,8 @@ def test_a_width_that_is_none_is_named_and_a_width_is_part_of_the_hash(tmp_path:
         {"text": "t", "partition": "site-column"},
         {"text": "t", "partition": "iid", "sites": None},
         {"image": "i", "sites": 2},
+        {"audio": "a", "sites": 2},
+        {"text": "t", "audio": "a"},
     ],
 )
 def test_a_simulation_that_contradicts_itself(tmp_path: Path, columns: dict[str, Any]) -> None:

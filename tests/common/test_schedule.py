@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from veil.common.errors import PlanError
 from veil.common.evaluation import EVALUATION_NORM
-from veil.common.plan import Evaluation, RunPlan
+from veil.common.moments import MOMENTS_NORM
+from veil.common.plan import Evaluation, RunPlan, clipping_bound
 from veil.common.privacy import PrivacyUnit, gaussian_mu_squared, gaussian_sigma, spent
 from veil.common.schedule import CENTRE_NORM, CENTRE_SHARE, ReleaseKind, local_steps, schedule
 
@@ -43,12 +45,31 @@ FEDAVG = {"algorithm": "dp-fedavg", "rounds": 20, "sample_rate": 0.1}
         *[(FEDAVG, target) for target in (0.5, 3.0, 8.0)],
         ({**FEDAVG, "local_epochs": 4, "centre": False, "sample_rate": 0.3}, 1.0),
         ({**FEDAVG, "sample_rate": 1.0}, 3.0),
+        *[({"algorithm": "one-shot"}, target) for target in (0.5, 3.0, 8.0)],
     ],
 )
 def test_the_whole_run_keeps_the_promise(training: dict[str, Any], target: float) -> None:
     """At most the target, and at least 99.9 % of it: nothing is promised that is not used."""
     one = plan(training, target_epsilon=target)
     assert 0.999 * target <= epsilon(one) <= target
+
+
+@pytest.mark.parametrize("noise", ["local", "distributed"])
+def test_rounds_of_the_head_alone_are_full_batches_within_the_same_promise(noise: str) -> None:
+    """With distributed noise, also if all rounds to spare fall on either kind."""
+    document = json.loads(plan({"rounds": 9, "sample_rate": 0.2}, target_epsilon=3.0, noise=noise).to_json())
+    document["task"] = {"kind": "text-classification", "labels": document["task"]["labels"]}
+    document["backbone"] = {"source": "path:m", "sha256": "a" * 64}
+    document["transfer"] = {"mode": "lora", "head_rounds": 4}
+    document["simulation"] = None
+    one = RunPlan.from_json(json.dumps(document))
+    releases = schedule(one)
+    assert [release.mechanism.sample_rate for release in releases] == [1.0] * 5 + [0.2] * 5
+    spare = 2 if noise == "distributed" else 0
+    done = [release.mechanism for release in releases]
+    assert spent([*done, *[done[1]] * spare], 1e-5).epsilon <= 3.0
+    assert spent([*done, *[done[-1]] * spare], 1e-5).epsilon <= 3.0
+    assert spent([*done, *[done[1]] * spare, *[done[-1]] * spare], 1e-5).epsilon >= 0.999 * 3.0
 
 
 def test_fedsgd_is_one_centring_round_and_then_full_batches() -> None:
@@ -64,7 +85,20 @@ def test_fedsgd_is_one_centring_round_and_then_full_batches() -> None:
         (1.0, 1, PrivacyUnit.PATIENT)
     }
     assert releases[0].mechanism.max_grad_norm == CENTRE_NORM
-    assert {r.mechanism.max_grad_norm for r in releases[1:]} == {0.5}
+    assert {r.mechanism.max_grad_norm for r in releases[1:]} == {clipping_bound(2)} == {0.5 * 0.5**0.5}
+
+
+@pytest.mark.parametrize("noise", ["local", "distributed"])
+def test_one_shot_is_one_message_with_all_that_an_evaluation_leaves(noise: str) -> None:
+    """Also with distributed noise: nothing is kept for another attempt."""
+    one = plan({"algorithm": "one-shot"}, noise=noise)
+    (alone,) = schedule(one)
+    assert (alone.round, alone.kind.value, alone.mechanism.max_grad_norm) == (1, "statistics", MOMENTS_NORM)
+    assert (alone.mechanism.steps, alone.mechanism.sample_rate) == (1, 1.0)
+    first, last = schedule(one.model_copy(update={"evaluation": Evaluation(share=0.2)}))
+    assert (first.round, last.round, last.kind) == (1, 2, ReleaseKind.EVALUATION)
+    left = (alone.mechanism.noise_multiplier / first.mechanism.noise_multiplier) ** 2
+    assert left == pytest.approx(0.8, rel=1e-3)
 
 
 @pytest.mark.parametrize("training", [{"rounds": 7}, {"algorithm": "dp-fedavg", "rounds": 7}])
@@ -100,7 +134,7 @@ def test_more_rounds_need_more_noise_in_each() -> None:
     assert many == pytest.approx(2 * few, rel=1e-4)
 
 
-def judged(training: dict[str, Any], **evaluation: float) -> RunPlan:
+def judged(training: dict[str, Any], **evaluation: Any) -> RunPlan:
     return plan(training).model_copy(update={"evaluation": Evaluation(**evaluation)})
 
 

@@ -131,7 +131,7 @@ def test_only_keys_of_the_one_curve_count_and_in_one_form() -> None:
 
 def test_mechanisms_are_counted_and_counted_out_again() -> None:
     done = [GRADIENT, SAMPLED, GRADIENT]
-    summed = summed_up(done)
+    summed = summed_up([(one, None) for one in done])
     assert [(one.mechanism, one.count) for one in summed] == [(GRADIENT, 2), (SAMPLED, 1)]
     assert list(expanded(summed)) == [GRADIENT, GRADIENT, SAMPLED]
 

@@ -170,6 +170,17 @@ def test_a_child_gets_its_arguments_and_no_terminal(start: Start, wire: Wire) ->
     assert {name: told["environment"][name] for name in added} == {"VEIL_PARENT_PID": str(os.getpid())}
 
 
+def test_variables_of_a_child_are_those_that_its_parent_has_not(
+    module: Callable[[str], str], wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VEIL_SET", "by the operator")
+    child = Child(module(TELLING), [str(wire.theirs)], [wire.theirs], variables={"VEIL_SET": "x", "VEIL_FREE": "y"})
+    wire.hang_up()
+    told = json.loads(wire.read())["environment"]
+    child.kill()
+    assert (told["VEIL_SET"], told["VEIL_FREE"]) == ("by the operator", "y")
+
+
 @pytest.mark.parametrize("text", [BOUND, LATE], ids=["while it works", "before it could look"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_child_ends_with_its_parent(

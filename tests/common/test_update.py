@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
+from veil.common import update as update_module
 from veil.common.update import Adapter, Update, doublings, sum_points
 
 names = st.text("abcdefgh.", min_size=1, max_size=8)
@@ -206,3 +207,12 @@ def test_every_tensor_is_summed() -> None:
     one = Update(points={"a": np.array([1, 2], np.int64), "b": np.array([[3]], np.int64)}, spacing=0.5)
     total = sum_points([one, one, one])
     assert {name: value.tolist() for name, value in total.items()} == {"a": [1.5, 3.0], "b": [[4.5]]}
+
+
+def test_blocks_change_no_narrowed_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = np.random.default_rng(0).integers(-(2**40), 2**40, size=(5, 7))
+    update = Update(points={"w": points}, spacing=0.5)
+    whole = update.narrowed(16)
+    monkeypatch.setattr(update_module, "_BLOCK", 4)
+    assert update.narrowed(16).to_bytes() == whole.to_bytes()
+    assert whole.points["w"].dtype == np.int16

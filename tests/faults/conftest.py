@@ -61,13 +61,13 @@ class Clinics:
 
     deployment: Deployment
 
-    def plan(self, *, rounds: int = 8, **cohort: Any) -> RunPlan:
+    def plan(self, *, rounds: int = 8, noise: str = "local", **cohort: Any) -> RunPlan:
         return RunPlan.model_validate(
             {
                 "name": "faults",
                 "task": {"kind": "tabular-classification", "labels": ["well", "ill"], "width": len(COLUMNS)},
                 "training": {"rounds": rounds},
-                "privacy": {"target_epsilon": 2.0},
+                "privacy": {"target_epsilon": 2.0, "noise": noise},
                 "cohort": {"min_sites": 2, "round_timeout_s": 20, **cohort},
             }
         )
@@ -110,11 +110,12 @@ class Clinics:
             assert not answered - Counter(entry.round for entry in spent), f"{name} spent less than it released"
             assert max(self.answers(name, job).values(), default=0) <= 1
 
-    def answers(self, name: str, job: Job) -> Counter[int]:
-        """How many different answers a site's ledger holds for each round of a run."""
+    def answers(self, name: str, job: Job) -> Counter[tuple[int, str]]:
+        """How many different answers a site's ledger holds for each round of a run, and each masked sum of it."""
         with closing(LineFile(self.deployment.sites[name].agent.ledger, reading=True)) as book:
             fields = [line.fields for line in book.lines(name)]
-        rounds = {one["seq"]: one["round"] for one in fields if one["kind"] == "spend" and one["job"] == job.name}
+        spends = [one for one in fields if one["kind"] == "spend" and one["job"] == job.name]
+        rounds = {one["seq"]: (one["round"], one.get("masking", {}).get("session", "")) for one in spends}
         return Counter(rounds[one["spend"]] for one in fields if one["kind"] == "reply" and one["spend"] in rounds)
 
     def executor(self, name: str) -> int:
@@ -177,7 +178,12 @@ def write_table(path: Path, seed: int, count: int = 60) -> Path:
 
 
 Limits = Mapping[str, Any]
-LIMITS: Limits = {"epsilon_per_run": 4.0, "epsilon_lifetime": 1000.0, "approval": "auto-within-limits"}
+LIMITS: Limits = {
+    "epsilon_per_run": 4.0,
+    "epsilon_lifetime": 1000.0,
+    "approval": "auto-within-limits",
+    "min_cohort": 2,
+}
 
 
 def enrol(deployment: Deployment, name: str, *, limits: Limits = LIMITS, **agent: Any) -> None:
@@ -203,6 +209,8 @@ def clinics(open_clinics: Callable[[], Deployment]) -> Iterator[Clinics]:
     with open_clinics() as deployment:
         for name in SITES:
             enrol(deployment, name)
+        deployment.introduce()
+        for name in SITES:
             deployment.start_site(name)
         opened = Clinics(deployment=deployment)
         opened.connected(*SITES)

@@ -67,6 +67,7 @@ def received(deployment: Deployment, name: str) -> int:
     return sum(one.stat().st_size for one in folder.rglob("*.safetensors")) if folder.exists() else 0
 
 
+@pytest.mark.long
 def test_a_backbone_is_delivered_once_through_every_kind_of_death(
     deployment: Deployment, weights: Path, clinics_of: Callable[[Deployment], Any]
 ) -> None:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 
 @contextmanager
 def full_disk(pid: int, largest: int) -> Iterator[None]:
@@ -55,6 +57,7 @@ def test_a_second_agent_on_the_same_ledger_does_not_start(clinics: Any) -> None:
     clinics.finish(clinics.submit(clinics.plan(rounds=2)))
 
 
+@pytest.mark.long
 def test_an_old_copy_of_the_state_is_found_out_by_the_anchor(clinics: Any, tmp_path: Path) -> None:
     deployment = clinics.deployment
     state, home = deployment.sites["Aachen"].agent.state, str(deployment.site_folder("Aachen"))
@@ -74,6 +77,7 @@ def test_an_old_copy_of_the_state_is_found_out_by_the_anchor(clinics: Any, tmp_p
         assert "anchor" in found.stdout
 
 
+@pytest.mark.long
 def test_an_old_copy_with_its_old_anchor_is_found_out_by_the_coordinator(clinics: Any, tmp_path: Path) -> None:
     deployment, agent = clinics.deployment, clinics.deployment.sites["Aachen"].agent
     job = clinics.submit(clinics.plan(rounds=12))

@@ -111,6 +111,7 @@ def test_an_expired_certificate_is_refused_by_every_site_and_exchanged_in_passin
     clinics.finish(clinics.submit(clinics.plan(rounds=2)))
 
 
+@pytest.mark.long
 def test_cut_and_restored_while_it_trains(clinics: Any, cable: Cable) -> None:
     job = clinics.submit(clinics.plan(rounds=10, round_timeout_s=10))
     clinics.reach(job, 2)
@@ -122,6 +123,7 @@ def test_cut_and_restored_while_it_trains(clinics: Any, cable: Cable) -> None:
     assert state.cohort == ("Aachen", "Bonn", "Celle")
 
 
+@pytest.mark.long
 def test_cut_before_the_offer_is_answered(clinics: Any, cable: Cable) -> None:
     cable.cut()
     job = clinics.submit()

@@ -32,31 +32,37 @@ def strike(clinics: Any, victim: str) -> None:
 
 
 VICTIMS = ("agent", "executor", "runner", "link", "coordinator")
+SAMPLE = (("agent", "runner", "link"), ("coordinator", "executor", "agent"))
+"""Whom a run of the tests kills, and in which moment; `make test-long` kills everyone in all three."""
 
 
-@pytest.mark.parametrize("victim", VICTIMS)
+@pytest.mark.parametrize(
+    "victims", [*SAMPLE, *(pytest.param((victim,) * 3, marks=pytest.mark.long) for victim in VICTIMS)], ids="-".join
+)
 def test_killed_while_the_run_is_offered_in_the_first_round_and_in_the_middle(
-    clinics: Any, victim: str, freeze: Callable[[int], None]
+    clinics: Any, victims: tuple[str, str, str], freeze: Callable[[int], None]
 ) -> None:
     """The run stays offered for as long as Celle does not answer."""
+    offered, first, middle = victims
     clinics.at_work()
     celle = clinics.deployment.processes["Celle"].pid
     freeze(celle)
     job = clinics.submit(clinics.plan(rounds=16))
     clinics.deployment.wait_for(lambda: job.status.sites.get("Bonn") == "ready", "Bonn's answer")
     assert job.status.phase.value == "offering"
-    strike(clinics, victim)
+    strike(clinics, offered)
     os.kill(celle, signal.SIGCONT)
     clinics.deployment.wait_for(lambda: job.status.phase is Phase.TRAINING, "the first round")
-    strike(clinics, victim)
+    strike(clinics, first)
     clinics.reach(job, 4)
-    strike(clinics, victim)
+    strike(clinics, middle)
     state = clinics.finish(job)
     assert state.cohort == ("Aachen", "Bonn", "Celle")
     afterwards = {record.round: record.sites for record in state.records[4:]}
     assert ("Aachen", "Bonn", "Celle") in afterwards.values(), f"the victim takes part again: {state.records}"
 
 
+@pytest.mark.long
 def test_a_site_killed_for_good_is_left_behind(clinics: Any) -> None:
     job = clinics.submit(clinics.plan(round_timeout_s=5))
     clinics.reach(job, 3)
@@ -65,6 +71,7 @@ def test_a_site_killed_for_good_is_left_behind(clinics: Any) -> None:
     assert state.records[-1].sites == ("Aachen", "Celle")
 
 
+@pytest.mark.long
 def test_too_few_sites_end_the_run_and_it_can_be_resumed(clinics: Any) -> None:
     job = clinics.submit(clinics.plan(round_timeout_s=8))
     clinics.reach(job, 2)
@@ -91,6 +98,7 @@ def test_a_hung_executor_is_seen_ended_and_replaced(clinics: Any, freeze: Callab
     clinics.deployment.wait_for(lambda: serving(address), "a new executor")
 
 
+@pytest.mark.long
 def test_a_straggler_misses_a_round_and_is_not_counted_twice(clinics: Any, freeze: Callable[[int], None]) -> None:
     job = clinics.submit(clinics.plan(rounds=12, round_timeout_s=4))
     clinics.reach(job, 2)
@@ -105,6 +113,7 @@ def test_a_straggler_misses_a_round_and_is_not_counted_twice(clinics: Any, freez
     assert state.records[-1].sites == ("Aachen", "Bonn", "Celle")
 
 
+@pytest.mark.long
 def test_an_agent_that_hangs_does_not_hold_up_the_run(clinics: Any, freeze: Callable[[int], None]) -> None:
     job = clinics.submit(clinics.plan(rounds=5, round_timeout_s=4))
     clinics.reach(job, 2)

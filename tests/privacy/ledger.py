@@ -34,7 +34,7 @@ from veil.common.noise import OSNoise
 from veil.common.plan import RunPlan
 from veil.common.privacy import Mechanism
 from veil.common.schedule import Release, schedule
-from veil.common.update import Update
+from veil.common.update import MaskedUpdate, Update
 
 WIDTH = 2000
 
@@ -93,7 +93,7 @@ def noise_by_round() -> AbstractContextManager[None]:
     """Noise from a secret, the run and the round: repeatable, so that a round can be computed again."""
     ours, seed = Site._release, [0]
 
-    def variant(self: Site, asked: RoundRequest) -> Update:
+    def variant(self: Site, asked: RoundRequest) -> Update | MaskedUpdate:
         digest = hashlib.sha256(f"secret {asked.job} {asked.round}".encode()).digest()
         seed[0] = int.from_bytes(digest[:8], "little")
         return ours(self, asked)
@@ -157,7 +157,7 @@ def too_few_refused() -> AbstractContextManager[None]:
     """A site with few records says so, and stays away."""
     ours = Site._release
 
-    def variant(self: Site, asked: RoundRequest) -> Update:
+    def variant(self: Site, asked: RoundRequest) -> Update | MaskedUpdate:
         if self.units(asked.plan).count < 10:
             raise RefusalError(RefusalCode.DATA, "few records", "ten", "come back later")
         return ours(self, asked)

@@ -15,12 +15,14 @@ from tests.privacy.audit_variants import BROKEN, CORRECT, FEDAVG, Silent, Varian
 from veil.client.audit import AuditResult, audit_plan
 from veil.client.audit_power import SeenBy
 from veil.client.canaries import CANARIES, play
+from veil.common.errors import InputError
 from veil.common.noise import OSNoise
-from veil.common.plan import RunPlan
+from veil.common.plan import RunPlan, Transfer
 from veil.common.schedule import ReleaseKind, schedule
 
 AS_IT_IS, *OTHERS = CORRECT
 CLOSE = {"accounted for half of the steps", "clipping bound left out of the noise (C = 1.4)"}
+ONE_SHOT = {"algorithm": "one-shot", "rounds": 1}
 SLOW = {
     "accounted as sampled while every unit takes part in every step": 1,
     "records clipped one by one where the unit is the patient": 8,
@@ -89,7 +91,7 @@ def test_a_mistake_that_the_plan_leaves_no_room_for_is_not_listed() -> None:
     assert not any("patient" in name or "sampled" in name or "bound left out" in name for name in names)
 
 
-@pytest.mark.parametrize("training", [{}, {"rounds": 1}, {**FEDAVG, "sample_rate": 1.0}])
+@pytest.mark.parametrize("training", [{}, {"rounds": 1}, {**FEDAVG, "sample_rate": 1.0}, ONE_SHOT])
 @pytest.mark.parametrize("privacy", [{}, {"unit": "patient"}, {"max_grad_norm": 1.4}, {"max_grad_norm": 20.0}])
 def test_a_canary_moves_its_own_numbers_as_much_as_is_expected(
     training: dict[str, Any], privacy: dict[str, Any]
@@ -101,6 +103,17 @@ def test_a_canary_moves_its_own_numbers_as_much_as_is_expected(
     expected = np.outer(found.gaps, found.included)
     np.testing.assert_allclose(found.rows, expected, rtol=2e-3, atol=1e-4)
     assert found.scores[found.included] == pytest.approx(2 * found.threshold, rel=2e-3)
+
+
+@pytest.mark.statistical
+def test_one_message_is_attacked_like_many() -> None:
+    """False alarm: below 1e-3; missed: below 1e-4."""
+    of = plan(ONE_SHOT)
+    found, power = play(of, schedule(of), OSNoise()), audit_plan(of, repeats=2)
+    assert 0.94 < 2 * found.threshold * schedule(of)[0].mechanism.noise_multiplier < 1.0
+    assert power.passed and power.has_power
+    assert not audit_plan(of, repeats=2, noise=Silent).passed
+    assert not any("no clipping" in one.name for one in power.mistakes)
 
 
 def test_canaries_come_close_to_all_that_a_unit_may_do() -> None:
@@ -152,3 +165,9 @@ def test_the_record_is_json_and_its_keys_are_documented(result: AuditResult) -> 
 def test_impossible_audits_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected 1 or more"):
         audit_plan(plan(), **options)
+
+
+def test_what_is_tuned_below_the_head_is_not_audited_as_if_it_were_a_head() -> None:
+    deep = plan().model_copy(update={"transfer": Transfer(mode="lora")})
+    with pytest.raises(InputError, match=r'transfer\.mode = "lora"'):
+        audit_plan(deep, repeats=1)

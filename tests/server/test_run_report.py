@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from veil.common.errors import RefusalCode
-from veil.common.evaluation import design
+from veil.common.evaluation import Figure, design
 from veil.common.head import initial_adapter
+from veil.common.mismatch import Likeness, Mismatch
 from veil.common.plan import RunPlan
 from veil.common.privacy import spent
 from veil.common.schedule import ReleaseKind, schedule
@@ -76,7 +77,13 @@ def test_it_says_what_was_run(report: dict[str, Any], make_plan: MakePlan) -> No
 
 
 def test_a_backbone_is_named_with_its_hash_and_licence(make_plan: MakePlan, state: RunState) -> None:
-    backbone = {"source": "hub:a/b@c", "sha256": "ab" * 32, "licence": "MIT"}
+    backbone = {
+        "source": "hub:a/b@c",
+        "sha256": "ab" * 32,
+        "licence": "MIT",
+        "trained_on": "a billion pairs of sentences",
+        "citation": "Wang et al. 2020",
+    }
     plan = make_plan(backbone=backbone, task={"kind": "text-classification", "labels": ["a", "b"]})
     assert build_run_report(plan, "j", state, {})["backbone"] == backbone
 
@@ -151,6 +158,36 @@ def test_the_epsilon_of_an_evaluation_is_in_the_sites(make_plan: MakePlan, state
 
 def test_without_an_evaluation_there_is_none(report: dict[str, Any]) -> None:
     assert report["evaluation"] is None
+
+
+def test_how_unlike_the_others_a_site_is_stands_with_its_interval(make_plan: MakePlan, state: RunState) -> None:
+    distance = Figure(value=0.3, standard_error=0.05, low=0.2, high=0.4)
+    state.mismatch = {name: Mismatch(distance=distance, verdict=Likeness.APART) for name in ("Ulm", "Bonn")}
+    report = build_run_report(make_plan(), "j", state, {})
+    told = report["mismatch"]
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert [one["name"] for one in told["per_site"]] == ["Bonn", "Ulm"] and told["reason"] is None
+    shown = {"value": 0.3, "standard_error": 0.05, "low": 0.2, "high": 0.4, "reason": None}
+    assert told["per_site"][0] == {"name": "Bonn", "distance": shown, "verdict": "apart"}
+
+
+@pytest.mark.parametrize(
+    ("sections", "sites", "reason"),
+    [
+        ({}, 2, "an earlier version took the centring round in"),
+        ({}, 1, "no other site to compare with"),
+        ({"privacy": {"noise": "distributed", "target_epsilon": 3.0}}, 3, "masks hide every single site's sum"),
+        ({"training": {"centre": False}, "cohort": {"nominal_units": 9}}, 2, "the plan has no centring round"),
+    ],
+)
+def test_why_no_mismatch_is_known_is_said(
+    make_plan: MakePlan, state: RunState, sections: dict[str, Any], sites: int, reason: str
+) -> None:
+    plan = make_plan(**sections)
+    first = replace(state.records[0], sites=("Bonn", "Kiel", "Ulm")[:sites])
+    state.records = [first, *state.records[1:]]
+    told = build_run_report(plan, "j", state, {})["mismatch"]
+    assert (told["per_site"], told["reason"]) == (None, reason)
 
 
 def test_of_a_sites_records_it_knows_what_the_site_declared_public(report: dict[str, Any]) -> None:

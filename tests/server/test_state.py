@@ -15,7 +15,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from veil.common.errors import RunError
+from veil.common.evaluation import Figure
 from veil.common.head import initial_adapter
+from veil.common.mismatch import Likeness, Mismatch
 from veil.common.plan import RunPlan
 from veil.common.schedule import ReleaseKind
 from veil.server.state import RoundRecord, RunState
@@ -43,12 +45,15 @@ def state(make_plan: MakePlan) -> RunState:
     made = RunState.start(plan, initial_adapter(plan, 3), sites=2)
     made.descent.weight = random.normal(size=(2, 4))
     made.descent.centre = random.normal(size=3)
+    made.descent.velocity = random.normal(size=(2, 4))
     made.descent.units = 100 / 3
     made.records = [RECORD]
     made.heads = {"Ulm": "ab" * 32}
     made.units = {"Ulm": 0.1 + 0.2, "Bonn": 5e-324}
     made.evaluation = {"Bonn": (2**52 + 1, -7, 0), "Ulm": (1, 2, 3)}
     made.declared = {"Bonn": 17}
+    distance = Figure(value=1 / 3, standard_error=0.1, low=0.1 + 0.2, high=0.5)
+    made.mismatch = {"Bonn": Mismatch(distance=distance, verdict=Likeness.APART)}
     made.cohort, made.declined = ("Bonn", "Ulm"), {"Köln": "budget"}
     return made
 
@@ -57,11 +62,11 @@ def same(one: RunState, other: RunState) -> bool:
     arrays = all(
         np.array_equal(getattr(one.descent, name), getattr(other.descent, name))
         and getattr(one.descent, name).dtype == getattr(other.descent, name).dtype
-        for name in ("weight", "centre")
+        for name in ("weight", "centre", "velocity")
     )
     return arrays and all(
         getattr(one, name) == getattr(other, name)
-        for name in ("records", "heads", "units", "evaluation", "declared", "cohort", "declined")
+        for name in ("records", "heads", "units", "evaluation", "declared", "mismatch", "cohort", "declined")
     )
 
 
@@ -69,10 +74,10 @@ def rewrite(path: Path, **change: object) -> None:
     """The same tensors under another header, with the digest that belongs to it; None takes a key away."""
     with safe_open(path, framework="numpy") as file:
         header = {**json.loads(file.metadata()["veil"]), **change}
-        tensors = {name: file.get_tensor(name) for name in ("weight", "centre")}
+        tensors = {name: file.get_tensor(name) for name in ("weight", "centre", "velocity")}
     kept = {key: value for key, value in header.items() if value is not None}
     text = json.dumps(kept)
-    content = text.encode() + tensors["weight"].tobytes() + tensors["centre"].tobytes()
+    content = text.encode() + b"".join(tensors[name].tobytes() for name in sorted(tensors))
     save_file(tensors, path, metadata={"veil": text, "sha256": hashlib.sha256(content).hexdigest()})
 
 
@@ -177,6 +182,9 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path, state: RunState) -> None:
         {"evaluation": {"Ulm": ["many"]}},
         {"declined": None},
         {"cohort": 7},
+        {"mismatch": 7},
+        {"mismatch": {"Ulm": {"verdict": "alike"}}},
+        {"mismatch": {"Ulm": {"verdict": "odd", "distance": {}}}},
     ],
 )
 def test_a_header_that_is_not_ours_is_refused(tmp_path: Path, state: RunState, change: dict[str, object]) -> None:
@@ -187,7 +195,7 @@ def test_a_header_that_is_not_ours_is_refused(tmp_path: Path, state: RunState, c
 
 
 def test_tensors_without_our_header_are_refused(tmp_path: Path, state: RunState) -> None:
-    save_file({"weight": np.zeros(2), "centre": np.zeros(2)}, tmp_path / "checkpoint")
+    save_file({"weight": np.zeros(2), "centre": np.zeros(2), "velocity": np.zeros(2)}, tmp_path / "checkpoint")
     with pytest.raises(RunError):
         RunState.load(tmp_path / "checkpoint", state.descent.plan)
 
@@ -197,6 +205,15 @@ def test_a_header_that_is_ours_is_taken(tmp_path: Path, state: RunState) -> None
     state.save(tmp_path / "checkpoint")
     rewrite(tmp_path / "checkpoint")
     assert same(RunState.load(tmp_path / "checkpoint", state.descent.plan), state)
+
+
+def test_a_checkpoint_of_before_mismatches_goes_on_without(tmp_path: Path, state: RunState) -> None:
+    state.save(tmp_path / "checkpoint")
+    rewrite(tmp_path / "checkpoint", mismatch=None)
+    back = RunState.load(tmp_path / "checkpoint", state.descent.plan)
+    assert back.mismatch == {}
+    state.mismatch = {}
+    assert same(back, state)
 
 
 def test_a_flipped_bit_anywhere_is_refused(tmp_path: Path, state: RunState) -> None:
@@ -219,7 +236,10 @@ def test_a_checkpoint_without_a_digest_is_refused(tmp_path: Path, state: RunStat
     path = tmp_path / "checkpoint"
     state.save(path)
     with safe_open(path, framework="numpy") as file:
-        header, tensors = file.metadata()["veil"], {name: file.get_tensor(name) for name in ("weight", "centre")}
+        header, tensors = (
+            file.metadata()["veil"],
+            {name: file.get_tensor(name) for name in ("weight", "centre", "velocity")},
+        )
     save_file(tensors, path, metadata={"veil": header})
     with pytest.raises(RunError, match="sha256"):
         RunState.load(path, state.descent.plan)

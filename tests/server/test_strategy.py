@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,13 @@ from veil.common.exchange import RoundReply
 from veil.common.head import CENTRE, WEIGHT, initial_adapter
 from veil.common.noise import spacing
 from veil.common.plan import RunPlan
-from veil.common.privacy import gaussian_sigma
 from veil.common.schedule import CENTRE_NORM, COUNT_WEIGHT, ReleaseKind, schedule
 from veil.common.update import Adapter, Update
 from veil.common.wire import WireError, encode_reply
-from veil.server.descent import Descent, learning_rate, shrink
+from veil.server.descent import Descent, shrink, steps_of
 from veil.server.run_report import build_run_report
 from veil.server.state import RunState
+from veil.server.steps import Steps
 from veil.server.strategy import SumOfUpdates
 from veil.server.validation import validate
 
@@ -33,8 +32,8 @@ def plan(**sections: Any) -> RunPlan:
         {
             "name": "p",
             "task": {"kind": "tabular-classification", "labels": ["a", "b"]},
-            "privacy": {"target_epsilon": 3.0},
             **sections,
+            "privacy": {"target_epsilon": 3.0, "max_grad_norm": 0.5, **sections.get("privacy", {})},
         }
     )
 
@@ -112,21 +111,50 @@ def test_shrinking_removes_a_mean_that_is_only_noise_and_keeps_a_clear_one() -> 
     assert not shrink(np.zeros(4), 0.1).any()
 
 
-def test_the_rate_rule_bounds_the_noise_of_the_weights() -> None:
-    state = descent(plan(), sites=4)
-    state.units = 400.0
-    rate, rounds, bound = learning_rate(state.plan, state), 30, 0.5
-    sigma = gaussian_sigma(state.plan.privacy.budget) * math.sqrt(rounds)
-    per_round = rate / state.units * bound * sigma * math.sqrt(4)
-    assert rate == 32 or per_round * math.sqrt(rounds * state.weight.size) == pytest.approx(30, rel=1e-6)
+@pytest.mark.parametrize(("epsilon", "momentum"), [(0.05, False), (0.3, True)])
+def test_rounds_of_noise_leave_each_weight_with_the_rule_s_noise(epsilon: float, momentum: bool) -> None:
+    """Forty runs on sums that are noise alone: ν = 1 where no cap is in the way, with momentum and without."""
+    chosen = plan(
+        privacy={"target_epsilon": epsilon}, cohort={"nominal_units": 5000}, training={"rounds": 30, "centre": False}
+    )
+    random, release = np.random.default_rng(0), schedule(chosen)[0]
+    deviation = release.mechanism.noise_multiplier * 2**20
+    ends = []
+    for _ in range(40):
+        state = descent(chosen, sites=4)
+        for _ in range(30):
+            points = [np.rint(random.normal(size=(2, WIDTH + 1)) * deviation).astype(np.int64) for _ in range(4)]
+            state.apply(release, [Update(points={WEIGHT: one}, spacing=release.spacing) for one in points])
+        ends.append(state.weight)
+    steps = steps_of(chosen, state, 1)
+    assert (steps.momentum > 0) is momentum
+    assert float(np.std(ends)) == pytest.approx(1.0, rel=0.12)
 
 
 @pytest.mark.parametrize(("bound", "cap"), [(0.1, 32), (0.5, 32), (1.0, 32), (1.6, 20), (10.0, 16)])
-def test_the_rate_is_capped(bound: float, cap: float) -> None:
+def test_the_rate_is_capped_by_class_and_momentum_does_the_rest(bound: float, cap: float) -> None:
     chosen = plan(privacy={"target_epsilon": 1000.0, "max_grad_norm": bound}, training={"rounds": 1})
     state = descent(chosen)
     state.units = 1e9
-    assert learning_rate(chosen, state) == cap
+    steps = steps_of(chosen, state, 1)
+    assert steps.rate == pytest.approx(cap, rel=1e-12)
+    assert steps.momentum == 0.9
+
+
+def test_a_rate_that_the_plan_names_is_taken_without_momentum() -> None:
+    chosen = plan(training={"learning_rate": 2.5})
+    assert steps_of(chosen, descent(chosen), 1) == Steps(rate=2.5)
+
+
+def test_many_sites_of_which_some_are_asked_go_as_far_as_all_would_with_their_noise() -> None:
+    """A quarter of the sites: a quarter of the units, half the noise, half as far a way."""
+    rates = []
+    for asked in (100, 25):
+        chosen = plan(privacy={"target_epsilon": 0.05}, cohort={"min_sites": 2, "sites_per_round": asked})
+        state = descent(chosen, sites=100)
+        state.units = 5000.0
+        rates.append(steps_of(chosen, state, 1).rate)
+    assert rates[0] == pytest.approx(2 * rates[1]) and rates[0] < 32
 
 
 @pytest.mark.parametrize(
@@ -268,6 +296,34 @@ def test_too_few_replies_stop_the_run_and_leave_the_model() -> None:
         one.aggregate_train(1, messages(reply(gradient_update(1.0)), refusal))
     assert not one.state.descent.weight.any()
     assert isinstance(one.state.descent.adapter, Adapter)
+
+
+def centring(means: dict[str, list[float]], **sections: Any) -> SumOfUpdates:
+    """A run after its centring round, of sites of 2000 units."""
+    chosen = plan(cohort={"min_sites": len(means), **sections}, privacy={"target_epsilon": 8.0})
+    one = SumOfUpdates(plan=chosen, job="j", state=RunState(descent=descent(chosen)), watch=lambda state: None)
+    sent = (reply(centre_update(mean, 2000), site=site, round=0) for site, mean in means.items())
+    one.aggregate_train(1, messages(*sent))
+    return one
+
+
+@pytest.mark.parametrize("aggregation", ["sum", "median", "krum"])
+def test_a_site_that_is_unlike_the_others_is_seen_in_the_centring_round(aggregation: str) -> None:
+    """Also where updates are aggregated by another rule; the next rounds leave it as it is."""
+    near = {site: [0.9, 0.0, 0.0] for site in "abc"}
+    one = centring({**near, "odd": [0.0, 0.9, 0.0]}, aggregation=aggregation)
+    distances = {name: found.distance.value for name, found in one.state.mismatch.items()}
+    near_ones = dict.fromkeys("abc", 0.3 * 2**0.5)
+    assert distances == pytest.approx({**near_ones, "odd": 0.9 * 2**0.5}, rel=0.05)
+    alike = centring(near, aggregation=aggregation).state.mismatch
+    assert {found.verdict.value for found in alike.values()} == {"alike"}
+    before = dict(one.state.mismatch)
+    one.aggregate_train(2, messages(*(reply(gradient_update(1.0), site=site) for site in ("a", "b", "c", "odd"))))
+    assert one.state.mismatch == before
+    told = build_run_report(one.plan, one.job, one.state, {})["mismatch"]
+    assert [(each["name"], each["verdict"]) for each in told["per_site"]] == [
+        (name, "apart") for name in ("a", "b", "c", "odd")
+    ]
 
 
 def test_kinds_are_asked_in_the_plans_order() -> None:

@@ -22,16 +22,17 @@ from veil.common.errors import RefusalCode
 from veil.common.evaluation import EVALUATION_NORM
 from veil.common.exchange import RoundReply
 from veil.common.head import CENTRE, WEIGHT, initial_adapter
+from veil.common.moments import CLASS_WEIGHT, MOMENTS_NORM, STATISTICS, moments_size
 from veil.common.noise import clip_bound, privatize
 from veil.common.plan import RunPlan
-from veil.common.privacy import Mechanism
+from veil.common.privacy import Mechanism, NoiseShares
 from veil.common.schedule import CENTRE_NORM, COUNT_WEIGHT, Release, ReleaseKind
 from veil.common.update import Update
 from veil.common.wire import WireError
 from veil.server.descent import Descent
-from veil.server.validation import counted_units, longest, most_held_out, validate
+from veil.server.validation import counted_together, counted_units, longest, most_held_out, validate
 
-WIDTH, UNITS = 3, 20
+WIDTH, UNITS, CLASSES = 3, 20, 2
 GRADIENT = Release(round=1, kind=ReleaseKind.GRADIENT, mechanism=Mechanism(noise_multiplier=2.0, max_grad_norm=0.5))
 MEAN = Release(round=0, kind=ReleaseKind.CENTRE, mechanism=Mechanism(noise_multiplier=2.0, max_grad_norm=CENTRE_NORM))
 DELTA = Release(
@@ -39,8 +40,16 @@ DELTA = Release(
     kind=ReleaseKind.DELTA,
     mechanism=Mechanism(noise_multiplier=1.0, max_grad_norm=0.1, sample_rate=0.5, steps=4),
 )
-SHAPES = {GRADIENT: (WEIGHT, (2, WIDTH + 1)), MEAN: (CENTRE, (WIDTH + 1,)), DELTA: (WEIGHT, (2, WIDTH + 1))}
-EACH_KIND = pytest.mark.parametrize("release", [GRADIENT, MEAN, DELTA], ids=lambda release: release.kind.value)
+MOMENTS = Release(
+    round=1, kind=ReleaseKind.STATISTICS, mechanism=Mechanism(noise_multiplier=2.0, max_grad_norm=MOMENTS_NORM)
+)
+SHAPES = {
+    GRADIENT: (WEIGHT, (CLASSES, WIDTH + 1)),
+    MEAN: (CENTRE, (WIDTH + 1,)),
+    DELTA: (WEIGHT, (CLASSES, WIDTH + 1)),
+    MOMENTS: (STATISTICS, (moments_size(WIDTH, CLASSES),)),
+}
+EACH_KIND = pytest.mark.parametrize("release", list(SHAPES), ids=lambda release: release.kind.value)
 
 
 class LargestNoise:
@@ -108,7 +117,7 @@ def test_the_bound_by_hand(descent: Descent) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 16, 32])
-@pytest.mark.parametrize("release", [GRADIENT, MEAN], ids=lambda release: release.kind.value)
+@pytest.mark.parametrize("release", [GRADIENT, MEAN, MOMENTS], ids=lambda release: release.kind.value)
 def test_an_honest_extreme_passes(release: Release, bits: int, descent: Descent) -> None:
     """Every unit pulls in one direction, as far as clipping lets it, and the noise does the same."""
     name, shape = SHAPES[release]
@@ -216,7 +225,7 @@ def test_a_tensor_too_few_or_too_many_is_refused(release: Release, descent: Desc
 
 
 @EACH_KIND
-@pytest.mark.parametrize("spacing", [math.nan, math.inf, -1.0, 0.0, 3 * 2.0**-10, 2.0**-70, 2.0**60])
+@pytest.mark.parametrize("spacing", [math.nan, math.inf, -1.0, 0.0, 5 * 2.0**-10, 2.0**-70, 2.0**60])
 def test_another_lattice_is_refused(release: Release, descent: Descent, spacing: float) -> None:
     """Points are integers, so that NaN and infinity could only come in as their unit."""
     name, shape = SHAPES[release]
@@ -274,18 +283,31 @@ def test_the_counted_units_are_no_fewer_than_there_are(units: int, luck: float) 
     """However the noise fell; and the excess is twelve deviations of it at most."""
     deviation = MEAN.mechanism.noise_multiplier * CENTRE_NORM
     released = COUNT_WEIGHT * units + luck * deviation
-    counted = counted_units(filled_last(round(released / MEAN.spacing)), MEAN)
+    counted = counted_units(filled_last(round(released / MEAN.spacing)), MEAN, CLASSES)
     assert counted is not None
     assert units <= counted <= units + 12 * deviation / COUNT_WEIGHT
 
 
+@pytest.mark.parametrize("luck", [-5.9, 0.0, 5.9])
+def test_the_classes_of_one_message_are_counted_together(luck: float) -> None:
+    """Ten units of one class and thirty of the other; the noise of both adds up."""
+    deviation = MOMENTS.mechanism.noise_multiplier * MOMENTS_NORM * math.sqrt(CLASSES)
+    points = np.zeros(SHAPES[MOMENTS][1], np.int64)
+    points[-2:] = np.rint((CLASS_WEIGHT * np.array([10, 30]) + luck * deviation / CLASSES) / MOMENTS.spacing)
+    one = Update(points={STATISTICS: points}, spacing=MOMENTS.spacing)
+    counted = counted_units(one, MOMENTS, CLASSES)
+    together = counted_together(one, MOMENTS, NoiseShares(sites=3, colluding=0), CLASSES)
+    assert counted is not None and together == pytest.approx(counted, rel=1e-5)
+    assert 40 <= counted <= 40 + 12 * deviation / CLASS_WEIGHT
+
+
 def test_a_negative_count_leaves_one_unit() -> None:
-    assert counted_units(filled_last(-(2**62)), MEAN) == 1.0
+    assert counted_units(filled_last(-(2**62)), MEAN, CLASSES) == 1.0
 
 
 @pytest.mark.parametrize("release", [GRADIENT, DELTA], ids=lambda release: release.kind.value)
-def test_only_the_centring_round_counts(release: Release) -> None:
-    assert counted_units(filled(release, 1), release) is None
+def test_no_other_kind_counts(release: Release) -> None:
+    assert counted_units(filled(release, 1), release, CLASSES) is None
 
 
 def filled_last(points: int) -> Update:

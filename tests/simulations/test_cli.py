@@ -54,7 +54,7 @@ def refused(veil: Veil, plan: Path, *expected: str, code: int = 2) -> None:
         ({"simulation": {"partition": "iid", "sites": 500}}, "500 sites"),
         ({"simulation": {"site": "hospital"}}, "hospital"),
         ({"cohort": {"min_sites": 9}}, "cohort.min_sites = 9"),
-        ({"task": {"labels": ["well"]}}, "task.labels"),
+        ({"task": {"labels": ["well"]}}, "task: labels"),
         ({"task": {"labels": ["well", "well"]}}, "repeats"),
         ({"training": {"centre": False}}, "cohort.nominal_units"),
     ],

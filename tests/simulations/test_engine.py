@@ -23,6 +23,7 @@ from veil.simulations.process_grid import ProcessGrid
 ENGINES = ("inprocess", "processes")
 
 
+@pytest.mark.long
 def test_ray_gives_the_adapter_that_inprocess_gives(
     write_plan: Callable[..., Path], veil: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:

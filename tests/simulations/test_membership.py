@@ -19,7 +19,7 @@ def test_noise_takes_from_the_attack_what_it_finds_without() -> None:
             "name": "attacked",
             "task": {"kind": "tabular-classification", "labels": ["no", "yes"]},
             "training": {"rounds": 8},
-            "privacy": {"target_epsilon": 0.1},
+            "privacy": {"target_epsilon": 0.1, "noise": "distributed"},
             "evaluation": {},
         }
     )

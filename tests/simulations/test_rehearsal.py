@@ -33,6 +33,7 @@ def short_demo() -> RunPlan:
     return plan.model_copy(update={"training": plan.training.model_copy(update={"rounds": 6})})
 
 
+@pytest.mark.long
 def test_three_agents_over_tls_give_the_adapter_of_the_simulation(tmp_path: Path) -> None:
     output = tmp_path / "federation"
     shown = rehearse(short_demo(), base=Path.cwd(), output=output, progress=Silent(), repeatable=True)

@@ -44,6 +44,8 @@ def test_the_report_has_every_key_of_the_contract(veil: Veil, write_plan: Callab
     assert [site["name"] for site in report["per_site"]] == ["Bern", "Graz", "Ulm"]
     assert {"name", "federated", "local_only"} <= set(report["per_site"][0])
     assert report["bytes"]["per_round_per_site"] > 0
+    assert [site["name"] for site in report["mismatch"]["per_site"]] == ["Bern", "Graz", "Ulm"]
+    assert {site["verdict"] for site in report["mismatch"]["per_site"]} <= {"alike", "apart", "unknown"}
 
 
 def test_the_folder_is_complete_and_the_picture_can_be_seen(
@@ -57,7 +59,10 @@ def test_the_folder_is_complete_and_the_picture_can_be_seen(
         assert picture.width > 1000 and len(set(picture.convert("L").resize((64, 64)).tobytes())) > 20
 
 
-@pytest.mark.parametrize("training", [{"rounds": 5}, {"algorithm": "dp-fedavg", "rounds": 4, "sample_rate": 0.25}])
+@pytest.mark.parametrize(
+    "training",
+    [{"rounds": 5}, pytest.param({"algorithm": "dp-fedavg", "rounds": 4, "sample_rate": 0.25}, marks=pytest.mark.long)],
+)
 def test_epsilon_of_the_report_covers_the_ledger_recomputed_independently(
     veil: Veil, write_plan: Callable[..., Path], tmp_path: Path, training: dict[str, Any]
 ) -> None:

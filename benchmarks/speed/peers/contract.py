@@ -25,7 +25,8 @@ class Workload:
         labels: path of int64 [records].
         offsets: first row of each site and, last, the number of records.
         notes: path of a JSON list of texts, one a record; None where features are given.
-        test_notes: path of {"texts": [...], "labels": [...]}, held out; None where features are given.
+        test_notes: path of {"texts": [...], "labels": [...]}, held out, site after site; None where features are given.
+        test_offsets: first of each site's held-out notes and, last, their number; empty where features are given.
         backbone: folder of the pretrained encoder's files, for notes.
         max_length: tokens of a note that are read.
         sites: number of sites.
@@ -51,6 +52,7 @@ class Workload:
     offsets: list[int]
     notes: str | None
     test_notes: str | None
+    test_offsets: list[int]
     backbone: str | None
     max_length: int
     sites: int
@@ -77,6 +79,13 @@ class Workload:
     def rows(self, site: int) -> slice:
         """The records of one site."""
         return slice(self.offsets[site], self.offsets[site + 1])
+
+    def read_test(self) -> tuple[list[str], list[int]]:
+        """Held-out notes and their labels."""
+        if self.test_notes is None:
+            raise ValueError(f"workload {self.workload} holds no notes out")
+        held_out = json.loads(Path(self.test_notes).read_text(encoding="utf-8"))
+        return held_out["texts"], held_out["labels"]
 
     def read_features(self) -> NDArray[np.float32]:
         """[records, width], mapped from the file."""

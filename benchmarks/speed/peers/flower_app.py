@@ -3,7 +3,8 @@
 
 Promises what that example does: each round each client builds its model, wraps it with `make_private`, passes once
 over its records, returns weights, and the server averages. It is kinder than the example where that helps Flower:
-records and backbone are loaded once per worker, only the head travels, and no client evaluates.
+records and backbone are loaded once per worker, and only the head travels. On notes each client evaluates each round's
+head on its held-out notes, as in the example; SPEED_EVALUATE=no leaves that out.
 """
 
 from __future__ import annotations
@@ -39,6 +40,19 @@ def records() -> tuple[Tensor, ...]:
     if work.features is not None:
         return torch.from_numpy(work.read_features()), labels
     return *tokenize(work.read_notes(), str(work.backbone), work.max_length), labels
+
+
+@functools.cache
+def held_out() -> tuple[Tensor, ...]:
+    """Tokens and mask of all held-out notes, then their labels, once per worker process."""
+    work = workload()
+    texts, labels = work.read_test()
+    return *tokenize(texts, str(work.backbone), work.max_length), torch.tensor(labels)
+
+
+def evaluates() -> bool:
+    """Whether clients evaluate: the notes' do, where nothing says otherwise."""
+    return workload().features is None and os.environ.get("SPEED_EVALUATE") != "no"
 
 
 @functools.cache
@@ -90,6 +104,26 @@ def train(message: Message, context: Context) -> Message:
     arrays = ArrayRecord(model.state_dict())
     metrics["bytes"] = float(sum(len(array.data) for array in arrays.values()))
     return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord(metrics)}), reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Loss and accuracy of one client's held-out notes."""
+    work = workload()
+    model = new_model().eval()
+    model.load_state_dict(message.content["arrays"].to_torch_state_dict())
+    site = int(context.node_config["partition-id"])
+    rows = slice(work.test_offsets[site], work.test_offsets[site + 1])
+    *inputs, labels = (part[rows] for part in held_out())
+    loss, correct = 0.0, 0
+    with torch.no_grad():
+        for batch in zip(*(part.split(work.batch) for part in (*inputs, labels)), strict=True):
+            scores = model(*batch[:-1])
+            loss += float(nn.functional.cross_entropy(scores, batch[-1], reduction="sum"))
+            correct += int((scores.argmax(1) == batch[-1]).sum())
+    many = len(labels)
+    metrics = MetricRecord({"num-examples": float(many), "loss": loss / many, "accuracy": correct / many})
+    return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
 
 def _private_pass(

@@ -6,7 +6,6 @@ Promises that the clock runs from the call of `run_simulation`, Ray's start incl
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -19,6 +18,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.envir
 
 import flower_app
 import flwr
+import numpy as np
 import opacus
 import ray
 import torch
@@ -41,7 +41,8 @@ def simulate(started: float) -> dict[str, object]:
         found["setup_s"] = round(time.monotonic() - started, 3)
         strategy = FedAvg(
             fraction_train=work.cohort / work.sites,
-            fraction_evaluate=0.0,
+            fraction_evaluate=1.0 if flower_app.evaluates() else 0.0,
+            min_evaluate_nodes=work.cohort,
             min_train_nodes=work.cohort,
             min_available_nodes=work.sites,
         )
@@ -72,9 +73,9 @@ def judged(state: dict[str, torch.Tensor]) -> float:
     weight, bias = state["head.weight"].numpy(), state["head.bias"].numpy()
     if work.test_notes is None:
         return accuracy(weight, bias, work.read_features(), work.read_labels())
-    held_out = json.loads(Path(work.test_notes).read_text(encoding="utf-8"))
-    features = encode(held_out["texts"], str(work.backbone), work.max_length).numpy()
-    return accuracy(weight, bias, features, held_out["labels"])
+    texts, labels = work.read_test()
+    features = encode(texts, str(work.backbone), work.max_length).numpy()
+    return accuracy(weight, bias, features, np.array(labels))
 
 
 def finish(found: dict[str, object]) -> None:

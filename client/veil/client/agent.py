@@ -26,16 +26,19 @@ from veil.client.connection import Connection, DeclinedError, NotAdmittedError, 
 from veil.client.workbench import ExecutorLostError, Workbench
 from veil.common.delivery import Progress, Standing
 from veil.common.errors import RefusalCode
-from veil.common.exchange import OfferReply, RoundReply, StatementReply, Willingness
-from veil.common.inventory import check_outgoing
+from veil.common.exchange import KeyReply, OfferReply, RoundReply, StatementReply, Willingness
+from veil.common.inventory import TRAIN, check_outgoing
 from veil.common.wire import (
     CHUNK,
+    KEYS,
     MANIFEST,
     OFFER,
     STATEMENT,
     WireError,
+    decode_key_reply,
     decode_offer_reply,
     decode_reply,
+    encode_key_reply,
     encode_offer_reply,
     encode_progress,
     encode_reply,
@@ -69,9 +72,9 @@ class Tally:
     connected: bool = False
     since: float = field(default_factory=time.time)
 
-    def note(self, reply: RecordDict) -> None:
-        """Count a round's reply, and a refused offer; other messages are not counted."""
-        answer = _round_or_offer(reply)
+    def note(self, reply: RecordDict, action: str) -> None:
+        """Count a round's reply, and a refused offer or request to share noise; other messages are not counted."""
+        answer = _counted(reply, action)
         if answer is None:
             return
         if answer.refusal is not None:
@@ -110,10 +113,15 @@ def _message(frame: bytes) -> Message | None:
     return reply if reply.has_content() else None
 
 
-def _round_or_offer(reply: RecordDict) -> RoundReply | OfferReply | None:
-    for decode in (decode_reply, decode_offer_reply):
-        with contextlib.suppress(WireError):
-            return decode(reply)
+def _counted(reply: RecordDict, action: str) -> RoundReply | OfferReply | KeyReply | None:
+    with contextlib.suppress(WireError):
+        match action:
+            case _ if action == OFFER:
+                return decode_offer_reply(reply)
+            case _ if action == KEYS:
+                return decode_key_reply(reply)
+            case _ if action == TRAIN:
+                return decode_reply(reply)
     return None
 
 
@@ -202,7 +210,7 @@ class Agent:
         except WireError as error:
             _log.error("an answer stays here: %s", error)
             return self._refuse(message, RefusalCode.INTERNAL)
-        self.tally.note(reply.content)
+        self.tally.note(reply.content, _action(message))
         return reply
 
     def _refuse(self, message: Message, code: RefusalCode) -> Message:
@@ -213,9 +221,11 @@ class Agent:
                 content = encode_progress(Progress(manifest="", standing=Standing.REFUSED, refusal=code))
             case action if action == STATEMENT:
                 content = encode_statement_reply(StatementReply(job="", refusal=code))
+            case action if action == KEYS:
+                content = encode_key_reply(KeyReply(job="", refusal=code))
             case _:
                 content = encode_reply(RoundReply(site=self._site, job="", round=-1, refusal=code))
-        self.tally.note(content)
+        self.tally.note(content, _action(message))
         return Message(content=content, reply_to=message)
 
     def _set(self, *, connected: bool) -> None:

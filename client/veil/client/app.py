@@ -14,9 +14,10 @@ from flwr.clientapp import ClientApp
 from veil.client.site import Site
 from veil.common.delivery import Progress, Standing
 from veil.common.errors import RefusalCode
-from veil.common.exchange import OfferReply, RoundReply, StatementReply, Willingness
+from veil.common.exchange import KeyReply, OfferReply, RoundReply, StatementReply, Willingness
 from veil.common.wire import (
     CHUNK,
+    KEYS,
     MANIFEST,
     OFFER,
     STATEMENT,
@@ -25,6 +26,7 @@ from veil.common.wire import (
     decode_manifest,
     decode_offer,
     decode_request,
+    encode_key_reply,
     encode_offer_reply,
     encode_progress,
     encode_reply,
@@ -82,5 +84,13 @@ def client_app(open_site: Callable[[Context], Site]) -> ClientApp:
         except WireError:
             reply = StatementReply(job="", refusal=RefusalCode.MALFORMED)
         return Message(content=encode_statement_reply(reply), reply_to=message)
+
+    @app.query(KEYS)
+    def share_key(message: Message, context: Context) -> Message:
+        try:
+            reply = open_site(context).share_key(decode_offer(message.content))
+        except WireError:
+            reply = KeyReply(job="", refusal=RefusalCode.MALFORMED)
+        return Message(content=encode_key_reply(reply), reply_to=message)
 
     return app

@@ -19,15 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import veil
-from veil.client.books import Entry, Extract, total
+from veil.client.books import Entry, Extract, total, total_alone
 from veil.client.policy import Limits, SitePolicy
 from veil.common.errors import RefusalCode, RefusalError
 from veil.common.exchange import Offer
-from veil.common.privacy import Mechanism, NeighboringRelation
+from veil.common.privacy import NeighboringRelation
 from veil.common.statement import (
     Cost,
     LedgerRun,
     Releases,
+    Shared,
     StatedLimits,
     Statement,
     noise_of,
@@ -75,6 +76,8 @@ def make_statement(
         delta=limits.delta,
         this_run=Cost.of(total(extract.entries, limits.delta, offer.job)),
         lifetime=Cost.of(total(extract.entries, limits.delta)),
+        this_run_alone=_alone([entry for _, entry in extract.run], limits.delta, offer.job),
+        lifetime_alone=_alone(extract.entries, limits.delta, None),
         limits=_stated(limits),
         backbone_sha256=None if plan.backbone is None else plan.backbone.sha256,
         code_sha256=code_sha256(),
@@ -82,6 +85,13 @@ def make_statement(
         audit=None if audit is None else read_audit(audit, plan.sha256),
         time=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _alone(entries: Sequence[Entry], delta: float, job: str | None) -> Cost | None:
+    """What they cost where no mask held; None where there were none."""
+    if all(entry.shares is None for entry in entries):
+        return None
+    return Cost.of(total_alone(entries, delta, job))
 
 
 @cache
@@ -122,12 +132,20 @@ def _releases(run: Sequence[tuple[str, Entry]]) -> Iterator[Releases]:
 
 def _follows(before: Entry, entry: Entry) -> bool:
     """Whether it is the same round once more, or the next one, protected alike."""
-    return entry.mechanism == before.mechanism and entry.round - before.round in (0, 1)
+    alike = (entry.mechanism, entry.shares) == (before.mechanism, before.shares)
+    return alike and entry.round - before.round in (0, 1)
 
 
 def _summary(kind: str, group: Sequence[Entry]) -> Releases:
     first, last = group[0], group[-1]
-    return Releases(first=first.round, last=last.round, kind=kind, mechanism=first.mechanism, count=len(group))
+    return Releases(
+        first=first.round,
+        last=last.round,
+        kind=kind,
+        mechanism=first.mechanism,
+        count=len(group),
+        shared=Shared.of(first.shares),
+    )
 
 
 def _ledger_runs(entries: Sequence[Entry], job: str) -> Iterator[LedgerRun]:
@@ -136,7 +154,7 @@ def _ledger_runs(entries: Sequence[Entry], job: str) -> Iterator[LedgerRun]:
     for entry in entries:
         runs.setdefault((entry.job, entry.plan), []).append(entry)
     for (name, _), lines in runs.items():
-        done: list[Mechanism] = [entry.mechanism for entry in lines]
+        done = [(entry.mechanism, entry.shares) for entry in lines]
         noise = noise_of(entry.noise for entry in lines)
         yield LedgerRun(this_run=name == job, noise=noise, mechanisms=summed_up(done))
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from veil.client.audit_power import Mistake, mistakes
 from veil.client.canaries import CANARIES, Play, play
+from veil.common.errors import InputError
 from veil.common.noise import NoiseSource, OSNoise
 from veil.common.plan import RunPlan
 from veil.common.privacy import PrivacySpent, spent
@@ -173,10 +174,17 @@ def audit_plan(
 
     Raises:
         PlanError: when no noise keeps the plan's promise.
+        InputError: for a plan that tunes more than a head: what would be attacked is not what it releases.
         ValueError: for fewer than one play, or a confidence out of range.
     """
     if repeats < 1 or not 0 < confidence < 1:
         raise ValueError(f"repeats = {repeats}, confidence = {confidence}; expected 1 or more, and between 0 and 1")
+    if plan.transfer.deep:
+        raise InputError(
+            f'an audit of transfer.mode = "{plan.transfer.mode}"',
+            "a plan that tunes a head on one feature of a record, which an artificial record can be",
+            'audit the same [privacy] and [training] with mode = "head" and classes; the mechanism is the same',
+        )
     everything = schedule(plan)
     releases = [release for release in everything if release.kind is not ReleaseKind.EVALUATION]
     mechanisms = [release.mechanism for release in everything]

@@ -13,7 +13,8 @@ from enum import StrEnum
 
 from scipy.stats import binom, norm
 
-from veil.client.canaries import LONGEST, RECORDS
+from veil.client.canaries import LONGEST, RECORDS, longest
+from veil.common.moments import MOMENTS_NORM
 from veil.common.plan import RunPlan
 from veil.common.privacy import Mechanism, PrivacyUnit
 from veil.common.privacy.auditing import Guesses, contradicts
@@ -90,17 +91,18 @@ def mistakes(
 
 def _effects(plan: RunPlan) -> Iterator[tuple[str, float, float]]:
     """What a mistake multiplies a canary's part and the noise by."""
-    bound, training = plan.privacy.max_grad_norm, plan.training
+    training = plan.training
+    bound = MOMENTS_NORM if training.algorithm == "one-shot" else plan.privacy.max_grad_norm
     yield "noise missing", 1.0, 1e-9
     yield "noise half of its size", 1.0, 0.5
     yield "accounted for half of the steps", 1.0, math.sqrt(0.5)
     if bound > 1:
         yield "clipping bound left out of the noise", 1.0, 1 / bound
-    if bound < LONGEST:
-        yield "no clipping", LONGEST / bound, 1.0
-        yield "the mean over a batch clipped instead of each unit", LONGEST / bound, 1.0
+    if bound < (furthest := LONGEST if training.algorithm == "one-shot" else longest(plan)):
+        yield "no clipping", furthest / bound, 1.0
+        yield "the mean over a batch clipped instead of each unit", furthest / bound, 1.0
     if plan.privacy.unit is PrivacyUnit.PATIENT and plan.privacy.max_records_per_patient > 1:
         records = min(RECORDS, plan.privacy.max_records_per_patient)
         yield "records clipped one by one where the unit is the patient", float(records), 1.0
-    if training.algorithm == "dp-fedavg" and training.sample_rate < 1:
-        yield "accounted as sampled while every unit takes part in every step", 1 / training.sample_rate, 1.0
+    if training.sampling < 1:
+        yield "accounted as sampled while every unit takes part in every step", 1 / training.sampling, 1.0

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from veil.client.chain import Head, Line
-from veil.common.privacy import Mechanism, PrivacySpent, spent_over_runs
+from veil.common.privacy import Mechanism, NoiseShares, PrivacySpent, spent_over_runs
 from veil.common.schedule import Release
 
 WRITE_OFF = "write-off"
@@ -30,6 +30,7 @@ class Entry:
         mechanism: what was done.
         noise: the name of the noise source; only `os` is private.
         plan: SHA-256 of the plan.
+        shares: how the noise of a masked sum was shared; None where this site added all of it.
     """
 
     job: str
@@ -37,6 +38,14 @@ class Entry:
     mechanism: Mechanism
     noise: str
     plan: str
+    shares: NoiseShares | None = None
+
+    @property
+    def alone(self) -> Entry:
+        """The same as it was for whoever took this site's mask off."""
+        if self.shares is None:
+            return self
+        return replace(self, mechanism=self.shares.unmasked(self.mechanism), shares=None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,14 +70,14 @@ class Books:
     Attributes:
         heads: hash of each line, by number; the genesis first.
         entries: the mechanisms, oldest first.
-        attempts: numbers of a release's spends, by (job, round, kind).
+        attempts: numbers of a release's spends, by (job, round, kind, session); the session is "" without masks.
         replies: SHA-256 of the reply, by its spend's number.
         covered: hashes of lost lines that a write-off stands for.
     """
 
     heads: list[str]
     entries: list[Entry] = field(default_factory=list)
-    attempts: dict[tuple[str, int, str], list[int]] = field(default_factory=dict)
+    attempts: dict[tuple[str, int, str, str], list[int]] = field(default_factory=dict)
     replies: dict[int, str] = field(default_factory=dict)
     covered: set[str] = field(default_factory=set)
 
@@ -86,7 +95,8 @@ class Books:
         fields = line.fields
         match fields["kind"]:
             case "spend":
-                key = (fields["job"], fields["round"], fields["release"])
+                session = fields["masking"]["session"] if "masking" in fields else ""
+                key = (fields["job"], fields["round"], fields["release"], session)
                 self.attempts.setdefault(key, []).append(line.seq)
                 self.entries.append(_entry(fields))
             case "reply":
@@ -100,14 +110,14 @@ class Books:
 
     def extract(self, job: str) -> Extract:
         """What they say of one run and of everything."""
-        spends = sorted((seq, kind) for (of, _, kind), seqs in self.attempts.items() if of == job for seq in seqs)
+        spends = sorted((seq, kind) for (of, _, kind, _), seqs in self.attempts.items() if of == job for seq in seqs)
         own = (entry for entry in self.entries if entry.job == job)
         run = tuple((kind, entry) for (_, kind), entry in zip(spends, own, strict=True))
         return Extract(run=run, entries=tuple(self.entries), head=self.head)
 
-    def answered(self, job: str, release: Release) -> int | None:
-        """The release's spend that has a reply."""
-        attempts = self.attempts.get((job, release.round, release.kind.value), [])
+    def answered(self, job: str, release: Release, session: str = "") -> int | None:
+        """The release's spend that has a reply; of a masked sum, the one of that session."""
+        attempts = self.attempts.get((job, release.round, release.kind.value, session), [])
         return self._answered(attempts)
 
     def answered_already(self, spend: int) -> int | None:
@@ -125,6 +135,9 @@ def _entry(fields: Mapping[str, Any]) -> Entry:
         mechanism=Mechanism.from_record(fields["mechanism"]),
         noise=fields["noise"],
         plan=fields["plan"],
+        shares=None
+        if "masking" not in fields
+        else NoiseShares(sites=fields["masking"]["sites"], colluding=fields["masking"]["colluding"]),
     )
 
 
@@ -137,3 +150,8 @@ def total(entries: Sequence[Entry], delta: float, job: str | None = None) -> Pri
     for entry in counted:
         runs.setdefault((entry.job, entry.plan), []).append(entry.mechanism)
     return spent_over_runs(runs.values(), delta)
+
+
+def total_alone(entries: Sequence[Entry], delta: float, job: str | None = None) -> PrivacySpent:
+    """What ledger lines cost if every mask had been taken off: the site's own noise alone; arguments as in `total`."""
+    return total([entry.alone for entry in entries], delta, job)

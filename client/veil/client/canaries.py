@@ -19,7 +19,9 @@ from veil.client.release import draw
 from veil.client.units import Units, bounded_units
 from veil.common.exchange import RoundRequest
 from veil.common.head import CENTRE, INTERCEPT, WEIGHT, initial_adapter
+from veil.common.moments import STATISTICS, Moments
 from veil.common.noise import NoiseSource, OSNoise
+from veil.common.objective import OBJECTIVES, Targets
 from veil.common.plan import RunPlan
 from veil.common.privacy import PrivacyUnit
 from veil.common.schedule import DEFAULT_LOCAL_RATE, Release, ReleaseKind
@@ -29,13 +31,15 @@ CANARIES = 500
 """Canaries of one play, half of them included on average."""
 
 PULL = 30.0
-"""Weight that makes every canary look like class 0; its label is class 1, and its gradient as long as can be."""
+"""Weight that makes every canary look like class 0; its label is class 1, and its gradient as long as can be. Of
+several labels, or of a number, the weight that makes it look like all of them, or like the highest number: it has none,
+or the lowest."""
 
 RECORDS = 4
 """Patient unit: records of one canary, before the plan's limit."""
 
 LONGEST = math.sqrt(2.0)
-"""Length of the longest gradient of a record."""
+"""Length of what a canary adds to moments in places of its own: to one product and to one feature of its class."""
 
 _OWN = 1 / math.sqrt(1 + INTERCEPT**2)
 _STEP = 0.01
@@ -79,7 +83,7 @@ def play(plan: RunPlan, releases: Sequence[Release], noise: NoiseSource) -> Play
     included = OSNoise().uniform(CANARIES) < 0.5
     units = canary_units(plan, included)
     rows = [_along(draw(_request(plan, one), one, units, noise), one, plan) for one in releases]
-    return Play(included=included, rows=np.array(rows), gaps=np.array([_gap(one) for one in releases]))
+    return Play(included=included, rows=np.array(rows), gaps=np.array([_gap(one, plan) for one in releases]))
 
 
 def canary_units(plan: RunPlan, included: NDArray[np.bool_]) -> Units:
@@ -88,18 +92,37 @@ def canary_units(plan: RunPlan, included: NDArray[np.bool_]) -> Units:
     rows = np.repeat(np.flatnonzero(included), RECORDS if patients else 1)
     return bounded_units(
         np.eye(len(included))[rows],
-        np.ones(len(rows), dtype=np.int64),
+        _truth(plan, len(rows)),
         rows.astype(np.str_),
         max_records=plan.privacy.max_records_per_patient if patients else 1,
         key=os.urandom(32),
     )
 
 
+def longest(plan: RunPlan) -> float:
+    """Length of the longest gradient of a record."""
+    return OBJECTIVES[plan.task.form].longest(len(plan.task.labels))
+
+
+def _truth(plan: RunPlan, count: int) -> Targets:
+    """What is as far as can be from the answers to canaries."""
+    if plan.task.form == "classification":
+        return np.ones(count, dtype=np.int64)
+    return np.zeros((count, len(plan.task.labels))) if plan.task.form == "multilabel" else np.zeros(count)
+
+
+def _pull(plan: RunPlan) -> NDArray[np.float64]:
+    """The error of a canary's scores, [labels]."""
+    if plan.task.form == "classification":
+        return np.array([1.0, -1.0, *[0.0] * (len(plan.task.labels) - 2)])
+    return np.ones(len(plan.task.labels))
+
+
 def _request(plan: RunPlan, release: Release) -> RoundRequest:
     """What a hostile coordinator asks: the same head in every round, and local steps too short to leave it."""
     adapter = initial_adapter(plan, CANARIES)
     weight = adapter.tensors[WEIGHT].copy()
-    weight[0, :CANARIES] = PULL
+    weight[_pull(plan) > 0, :CANARIES] = PULL
     return RoundRequest(
         plan=plan,
         job="audit",
@@ -123,16 +146,21 @@ def _along(update: Update, release: Release, plan: RunPlan) -> NDArray[np.float6
     """The released numbers along every canary's own gradient, over the paid noise, [canaries]."""
     if release.kind is ReleaseKind.CENTRE:
         return np.asarray(update.points[CENTRE][:CANARIES] * (update.spacing / _noise(release)))
-    moved = update.points[WEIGHT][:2, :CANARIES] * update.spacing
-    along = (moved[0] - moved[1]) / LONGEST
+    if release.kind is ReleaseKind.STATISTICS:
+        numbers = np.asarray(update.points[STATISTICS] * (update.spacing / _noise(release)), np.float64)
+        moments = Moments.from_vector(numbers, width=CANARIES, classes=len(plan.task.labels))
+        return np.asarray((np.diagonal(moments.products) + moments.sums[1]) / LONGEST)
+    along = _pull(plan) @ (update.points[WEIGHT][:, :CANARIES] * update.spacing) / longest(plan)
     if release.kind is ReleaseKind.DELTA:
         along *= -_noise(release) / (_STEP * math.sqrt(release.mechanism.steps))
     return np.asarray(along / _noise(release))
 
 
-def _gap(release: Release) -> float:
+def _gap(release: Release, plan: RunPlan) -> float:
     mechanism = release.mechanism
     if release.kind is ReleaseKind.CENTRE:
         return 1.0 / _noise(release)
-    reach = _OWN * min(1.0, LONGEST / mechanism.max_grad_norm)
+    if release.kind is ReleaseKind.STATISTICS:
+        return LONGEST / _noise(release)
+    reach = _OWN * min(1.0, longest(plan) / mechanism.max_grad_norm)
     return reach * mechanism.sample_rate * math.sqrt(mechanism.steps) / mechanism.noise_multiplier

@@ -44,6 +44,7 @@ def init(
     ] = None,
     text: Annotated[str | None, typer.Option(help="Column with the text.")] = None,
     image: Annotated[str | None, typer.Option(help="Column with image paths.")] = None,
+    audio: Annotated[str | None, typer.Option(help="Column with paths of sound files.")] = None,
     feature: Annotated[list[str] | None, typer.Option(help="A numeric column; several.")] = None,
     patient: Annotated[str | None, typer.Option(help="Column with the patient id.")] = None,
     epsilon_per_run: Annotated[float | None, typer.Option(help="Most ε of one run.")] = None,
@@ -72,6 +73,7 @@ def init(
             "labels": as_map(label_map or []),
             "text": text,
             "image": image,
+            "audio": audio,
             "features": feature or None,
             "patient": patient,
         },
@@ -188,25 +190,81 @@ def status(home: HomeOption = _HOME, as_json: JsonOption = False) -> None:
         typer.echo(line)
 
 
+@app.command()
+def peers(home: HomeOption = _HOME, as_json: JsonOption = False) -> None:
+    """Print this site's fingerprint, which the others pin, and those of the sites that it may share noise with."""
+    from veil.common.keys import NodeKey
+    from veil.common.statement import key_fingerprint
+
+    file = _read(home)
+    own = key_fingerprint(NodeKey.load(file.agent.key).public_pem)
+    if as_json:
+        typer.echo(json.dumps({"site": file.name, "fingerprint": own, "peers": file.peers}, indent=2))
+        return
+    typer.echo(f'to be pinned by the others, under [peers] in their site.toml:\n"{file.name}" = "{own}"')
+    for name, pinned in file.peers.items():
+        typer.echo(f"pinned here: {name}  {pinned}")
+    if not file.peers:
+        typer.echo("none pinned here: this site takes no part in runs with distributed noise")
+
+
+@app.command()
+def compare(
+    run_name: RunArgument,
+    model: Annotated[Path, typer.Option(help="The run's final model: the folder `model` of its result, or its head.")],
+    home: HomeOption = _HOME,
+    keep: Annotated[bool, typer.Option("--keep", help="Store the chosen head in the site's state folder.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare a run's model with one of the site alone, on its own records. Nothing of it leaves the site."""
+    from veil.client.approvals import Approvals
+    from veil.client.kept_head import compare_heads, keep_head
+
+    file = _read(home)
+    compared = compare_heads(file, _find(Approvals(file.agent.runs).runs(), run_name), model)
+    kept = keep_head(file, compared) if keep else None
+    if as_json:
+        typer.echo(json.dumps({**compared.document(), "file": kept and str(kept)}, indent=2))
+        return
+    for line in compared.lines():
+        typer.echo(line)
+    if kept is not None:
+        typer.echo(f"wrote {kept}")
+
+
 @ledger.command("show")
 def show_ledger(home: HomeOption = _HOME, as_json: JsonOption = False) -> None:
     """Print what was done, and what ε stood at after each line."""
-    from veil.client.ledger import total
+    from veil.client.ledger import total, total_alone
 
     file = _read(home)
     entries, delta = _entries(file), file.limits.delta
     rows = [
-        {"run": one.job, "round": one.round, **one.mechanism.to_record(), "noise": one.noise, "plan": one.plan}
+        {
+            "run": one.job,
+            "round": one.round,
+            **one.mechanism.to_record(),
+            "noise": one.noise,
+            "plan": one.plan,
+            "sharing_sites": one.shares and one.shares.sites,
+        }
         for one in entries
     ]
     if as_json:
-        epsilon = total(entries, delta).finite_epsilon
-        typer.echo(json.dumps({"entries": rows, "epsilon": epsilon, "delta": delta}, indent=2))
+        document = {
+            "entries": rows,
+            "epsilon": total(entries, delta).finite_epsilon,
+            "epsilon_alone": total_alone(entries, delta).finite_epsilon,
+            "delta": delta,
+        }
+        typer.echo(json.dumps(document, indent=2))
         return
     for number, (row, one) in enumerate(zip(rows, entries, strict=True), start=1):
         after = total(entries[:number], delta).epsilon
         typer.echo(f"{row['run']}  round {row['round']}  σ {one.mechanism.noise_multiplier:.4g}  ε so far {after:.4g}")
     typer.echo(f"{len(rows)} lines; ε {total(entries, delta).epsilon:.4g} at δ = {delta:g}")
+    if any(one.shares for one in entries):
+        typer.echo(f"if all masks were taken off: ε {total_alone(entries, delta).epsilon:.4g}")
 
 
 @ledger.command("verify")

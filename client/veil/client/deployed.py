@@ -34,10 +34,12 @@ def assemble(file: SiteFile) -> Site:
     agent = file.agent
     agent.state.mkdir(parents=True, exist_ok=True, mode=0o700)
     store = backbone_store(file)
+    records = SiteRecords(file, store.find_backbone)
     return Site(
         policy=file.policy,
         ledger=Ledger(agent.ledger, file.name, NodeKey.load(agent.key), anchor=agent.anchor),
-        units=SiteRecords(file, store.find_backbone),
+        units=records,
+        model=records.model,
         noise=lambda request: OSNoise(),
         consent=Operator(Approvals(agent.runs), file).consent,
         backbones=store,

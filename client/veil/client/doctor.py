@@ -20,11 +20,13 @@ import httpx
 from cryptography.x509 import load_der_x509_certificate
 
 from veil.client.backbone_store import BackboneStore
+from veil.client.cohort import review_sharing
 from veil.client.deployed import backbone_store
 from veil.client.ledger import entries_of
 from veil.client.records import SiteRecords, look
 from veil.client.selftest import examine_step
 from veil.client.site_file import SiteFile
+from veil.client.units import Units
 from veil.client.verification import verify
 from veil.client.wording import describe_plan
 from veil.common.errors import InputError, RunError, VeilError
@@ -69,6 +71,8 @@ def examine_site(file: SiteFile, plan: RunPlan | None) -> Iterator[Finding]:
         ("memory", _memory),
         ("coordinator", lambda: _coordinator(file)),
     ]
+    if plan is not None and plan.transfer.deep:
+        checks += [("memory plan", lambda: _memory_plan(file, plan, store))]
     if plan is not None:
         checks += [("weights", lambda: _weights(plan, store)), ("price", lambda: _price(file, plan))]
     checks += [("private step", lambda: _step(file, plan, store))]
@@ -95,6 +99,8 @@ def _data(file: SiteFile) -> Sequence[str]:
     seen = look(file)
     lines = [f"{seen.records} records of {seen.units} {file.limits.unit}s from {file.data.shown_table}"]
     lines += [f"label {_short(label)}: {count}" for label, count in seen.labels.items()]
+    if seen.numbers is not None:
+        lines.append(f"numbers to be learnt from {seen.numbers[0]:g} to {seen.numbers[1]:g}")
     for column, cells in seen.first.items():
         absent = f" ({seen.missing[column]} without a value)" if seen.missing[column] else ""
         lines.append(f"column {_short(column)}{absent}: {' | '.join(_short(cell) for cell in cells)}")
@@ -125,13 +131,33 @@ def _disk(file: SiteFile) -> Sequence[str]:
     return [f"{free >> 30} GiB free in {folder}"]
 
 
-def _memory() -> Sequence[str]:
+def _available() -> int | None:
+    """Bytes of memory that programs can have; None where the system does not say it."""
     if not Path("/proc/meminfo").exists():
+        return None
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 0)
+
+
+def _memory_plan(file: SiteFile, plan: RunPlan, store: BackboneStore) -> Sequence[str]:
+    """What a round of a model that is tuned below its head would take; no record is read for it."""
+    if plan.backbone is None or not store.has(plan.backbone):
+        return ["not known before the weights are here"]
+    from veil.common.memory import site_memory  # late: torch takes seconds to load
+
+    needed = site_memory(plan, SiteRecords(file, store.find_backbone).model(plan).footprint()).needed
+    available = _available()
+    if available is not None and needed > available:
+        raise RunError(
+            f"a round takes {needed >> 20} MiB", f"at most the {available >> 20} MiB available", "end other programs"
+        )
+    return [f"a round takes {needed >> 20} MiB, and what is remembered of records"]
+
+
+def _memory() -> Sequence[str]:
+    available = _available()
+    if available is None:
         return ["not known on this system"]
-    available = 0
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) << 10
     if available < _MEMORY_BYTES:
         raise RunError(f"{available >> 20} MiB of memory", f"{_MEMORY_BYTES >> 20} MiB", "end other programs")
     return [f"{available >> 20} MiB available"]
@@ -179,13 +205,15 @@ def _weights(plan: RunPlan, store: BackboneStore) -> Sequence[str]:
 def _price(file: SiteFile, plan: RunPlan) -> Sequence[str]:
     path = file.agent.ledger
     entries = entries_of(path, file.name) if path.exists() else ()
+    review_sharing(plan, file.policy)
     return describe_plan(plan, "(not submitted)", file, entries)
 
 
 def _step(file: SiteFile, plan: RunPlan | None, store: BackboneStore) -> Sequence[str]:
     """On the site's own records where a plan says how to read them, else on made-up ones."""
     ready = plan is not None and (plan.backbone is None or store.has(plan.backbone))
-    units = SiteRecords(file, store.find_backbone)(plan) if plan is not None and ready else None
+    found = SiteRecords(file, store.find_backbone)(plan) if plan is not None and ready else None
+    units = found if isinstance(found, Units) else None  # a tuned model was examined when it was loaded
     return [*examine_step(units), "on your records" if units is not None else "on made-up records"]
 
 

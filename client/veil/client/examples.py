@@ -18,15 +18,21 @@ import numpy.typing as npt
 
 from veil.client.database import Query
 from veil.client.template import MISSING_WORDS, Template, canonical, canonical_keys, require_columns
+from veil.common import sound
 from veil.common.errors import TableError
 from veil.common.head import scaled
-from veil.common.plan import Columns, Task
+from veil.common.objective import Targets, in_range
+from veil.common.plan import STRUCTURED, Columns, Task
 from veil.common.privacy import PrivacyUnit
+from veil.common.truths import answer_truth, asked, box_truth, question_and_text, word_truth
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Inputs = tuple[str, ...] | tuple[Path, ...] | npt.NDArray[np.float64]
+
+LABELS_APART = "|"
+"""What stands between the labels of a record in one cell."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -34,28 +40,34 @@ class Examples:
     """n labelled records.
 
     Attributes:
-        inputs: n texts, n image paths, or numbers [n, d] (columns with public bounds lie in [-1, 1]).
-        labels: [n], index into the plan's `task.labels`.
+        inputs: n texts, n paths of images or sounds, or numbers [n, d] (columns with public bounds lie in [-1, 1]); a
+            question and its text are one text, see `veil.common.truths.asked`.
+        labels: [n], index into the plan's `task.labels`; for several labels [n, c], 1 where a record has one and else
+            0; for a number [n], where it lies in its public range, 0 to 1; zeros where a truth has a structure.
         units: [n], the patient id, or for the record unit the row's number as text, counted from 1.
         sites: [n], the site's name, or None when the table has no site column.
         patients: [n], the patient id, or None when the table has no patient column; whatever the unit is, a
             patient is never divided between training and test.
+        groups: [n], the group's name, empty where it is not known, or None when the table has no group column.
+        truths: n truths with a structure, as `veil.common.truths` made them, or None for tasks of another form.
 
     Raises:
         ValueError: when the lengths differ.
     """
 
     inputs: Inputs
-    labels: npt.NDArray[np.int64]
+    labels: Targets
     units: npt.NDArray[np.str_]
     sites: npt.NDArray[np.str_] | None = None
     patients: npt.NDArray[np.str_] | None = None
+    groups: npt.NDArray[np.str_] | None = None
+    truths: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        parts = (self.inputs, self.labels, self.units, self.sites, self.patients)
+        parts = (self.inputs, self.labels, self.units, self.sites, self.patients, self.groups, self.truths)
         lengths = [len(part) for part in parts if part is not None]
         if len(set(lengths)) != 1:
-            raise ValueError(f"inputs, labels, units, sites, patients of lengths {lengths}; they must agree")
+            raise ValueError(f"inputs, labels, units and what stands beside them of lengths {lengths}; they must agree")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,6 +85,8 @@ class Examples:
             units=self.units[indices],
             sites=None if self.sites is None else self.sites[indices],
             patients=None if self.patients is None else self.patients[indices],
+            groups=None if self.groups is None else self.groups[indices],
+            truths=None if self.truths is None else tuple(self.truths[i] for i in indices),
         )
 
 
@@ -82,7 +96,7 @@ def read_examples(
     """Read all records of a CSV, TSV or Parquet table, or of a database.
 
     Args:
-        table: the file, or the query; image paths in it are relative to its folder.
+        table: the file, or the query; paths of images and sounds in it are relative to its folder.
         columns: which column holds what.
         task: the classes, and the public bounds of numeric columns.
         unit: whom the promise protects; `PATIENT` needs `columns.patient`.
@@ -101,22 +115,26 @@ def read_examples(
     folder = table.folder if isinstance(table, Query) else table.parent
     rows = np.arange(1, len(frame) + 1).astype(np.str_)
     patients = None if columns.patient is None else _names(frame, columns.patient, "patient id")
+    inputs = template.render(frame) if template else _inputs(frame, columns, task, folder)
+    structured = task.form in STRUCTURED
     return Examples(
-        inputs=template.render(frame) if template else _inputs(frame, columns, task, folder),
-        labels=_labels(frame, columns, task),
+        inputs=inputs,
+        labels=np.zeros(len(frame)) if structured else _labels(frame, columns, task),
         units=rows if patients is None or unit is PrivacyUnit.RECORD else patients,
         sites=None if site_column is None else _names(frame, site_column, "site"),
         patients=patients,
+        groups=None if columns.group is None else _groups(frame, columns.group, columns.groups),
+        truths=_truths(frame, columns, task, inputs) if structured else None,
     )
 
 
 def named_columns(columns: Columns) -> tuple[str, ...]:
-    """The columns that are read: those of the input, the label's and the patient's, each once.
+    """The columns that are read: those of the input, the label's, the patient's and the group's, each once.
 
     Raises:
         TableError: for a template that cannot be parsed, no input column, or the label among the input's.
     """
-    names = (*_input_columns(columns), columns.label, columns.patient)
+    names = (*_input_columns(columns), columns.question, columns.label, columns.patient, columns.group)
     return tuple(dict.fromkeys(name for name in names if name is not None))
 
 
@@ -199,7 +217,8 @@ def _input_columns(columns: Columns) -> tuple[str, ...]:
     if columns.text_template is not None:
         names = Template.parse(columns).columns
     else:
-        names = columns.features if columns.features is not None else (columns.text or columns.image or "",)
+        one = columns.text or columns.image or columns.audio or ""
+        names = columns.features if columns.features is not None else (one,)
     if columns.label in names or not names:
         raise TableError(
             f'the input columns are {list(names)} and the label column is "{columns.label}"',
@@ -213,11 +232,30 @@ def _inputs(frame: pd.DataFrame, columns: Columns, task: Task, folder: Path) -> 
     if columns.features is not None:
         return np.stack([_feature(frame, name, task.bounds.get(name)) for name in columns.features], axis=1)
     if columns.image is not None:
-        return _images(frame, columns.image, folder)
-    return _texts(frame, columns.text or "")
+        return _files(frame, columns.image, folder, "images")
+    if columns.audio is not None:
+        return _sounds(frame, columns.audio, folder)
+    texts = _texts(frame, columns.text or "")
+    if columns.question is None:
+        return texts
+    return tuple(asked(*both) for both in zip(_texts(frame, columns.question), texts, strict=True))
 
 
 def _feature(frame: pd.DataFrame, name: str, bounds: tuple[float, float] | None) -> npt.NDArray[np.float64]:
+    remedy = "leave these records out, fill the values in, or read the column through text_template"
+    return scaled(_numbers(frame, name, "features", remedy), bounds)
+
+
+def label_numbers(frame: pd.DataFrame, name: str) -> npt.NDArray[np.float64]:
+    """The label column of a regression as it is, [n].
+
+    Raises:
+        TableError: for a row without a finite number.
+    """
+    return _numbers(frame, name, "regression's label", "leave these records out, or correct the values")
+
+
+def _numbers(frame: pd.DataFrame, name: str, role: str, remedy: str) -> npt.NDArray[np.float64]:
     import pandas as pd
 
     cells = pd.Series(frame[name].tolist(), dtype=object)
@@ -226,10 +264,10 @@ def _feature(frame: pd.DataFrame, name: str, bounds: tuple[float, float] | None)
     if bad.size:
         raise TableError(
             f'column "{name}", {_rows(bad)}: "{frame[name].iloc[bad[0]]}" is not a finite number',
-            "a number in every row of a features column",
-            "leave these records out, fill the values in, or read the column through text_template",
+            f"a number in every row of a {role} column",
+            remedy,
         )
-    return scaled(numbers, bounds)
+    return numbers
 
 
 def _texts(frame: pd.DataFrame, name: str) -> tuple[str, ...]:
@@ -239,7 +277,19 @@ def _texts(frame: pd.DataFrame, name: str) -> tuple[str, ...]:
     return texts
 
 
-def _images(frame: pd.DataFrame, name: str, folder: Path) -> tuple[Path, ...]:
+def _sounds(frame: pd.DataFrame, name: str, folder: Path) -> tuple[Path, ...]:
+    paths = _files(frame, name, folder, "sounds")
+    other = np.array([row for row, path in enumerate(paths) if path.suffix.lower() not in sound.SUFFIXES])
+    if other.size:
+        raise TableError(
+            f'column "{name}", {_rows(other)}: {paths[other[0]].name}',
+            f"WAV files, named {' or '.join(sound.SUFFIXES)}",
+            "convert them, for example with ffmpeg -i IN.flac OUT.wav, and correct the column",
+        )
+    return paths
+
+
+def _files(frame: pd.DataFrame, name: str, folder: Path, what: str) -> tuple[Path, ...]:
     given = _texts(frame, name)
     paths = tuple(folder / path.strip() for path in given)
     absent = np.array([row for row, path in enumerate(paths) if not path.is_file()])
@@ -247,7 +297,7 @@ def _images(frame: pd.DataFrame, name: str, folder: Path) -> tuple[Path, ...]:
         raise TableError(
             f'column "{name}", {_rows(absent)}: no file {paths[absent[0]]}',
             f"paths relative to the table's folder {folder}",
-            "correct the paths, or put the images there",
+            f"correct the paths, or put the {what} there",
         )
     return paths
 
@@ -258,29 +308,104 @@ def _names(frame: pd.DataFrame, name: str, role: str) -> npt.NDArray[np.str_]:
     return np.array(keys, dtype=np.str_)
 
 
-def _labels(frame: pd.DataFrame, columns: Columns, task: Task) -> npt.NDArray[np.int64]:
+def _groups(frame: pd.DataFrame, name: str, given: Mapping[str, str]) -> npt.NDArray[np.str_]:
+    """A record's group is not what it is trained for: one that is missing or not named is in no group."""
+    known = canonical_keys(given, "groups")
+    keys = [canonical(cell) for cell in frame[name].tolist()]
+    if known:
+        return np.array([known.get(key, "") for key in keys], dtype=np.str_)
+    return np.array(["" if key in MISSING_WORDS else key for key in keys], dtype=np.str_)
+
+
+def _labels(frame: pd.DataFrame, columns: Columns, task: Task) -> Targets:
+    if task.target is not None:
+        return in_range(label_numbers(frame, columns.label), task.target)
     known = _label_indices(columns, task)
+    if task.form == "multilabel":
+        return _label_rows(frame[columns.label], known, len(task.labels))
     keys = [canonical(cell) for cell in frame[columns.label].tolist()]
     _refuse_missing([key in MISSING_WORDS and key not in known for key in keys], columns.label, "label")
-    unknown = [row for row, key in enumerate(keys) if key not in known]
-    if unknown:
-        values = ", ".join(f'"{value}"' for value in list(dict.fromkeys(keys[row] for row in unknown))[:3])
+    _refuse_unknown([[] if key in known else [key] for key in keys], columns.label, known)
+    return np.array([known[key] for key in keys], dtype=np.int64)
+
+
+def _truths(frame: pd.DataFrame, columns: Columns, task: Task, inputs: Inputs) -> tuple[str, ...]:
+    """The label column's cells, read beside the records."""
+    cells = [
+        "" if missing else str(cell)
+        for cell, missing in zip(frame[columns.label].tolist(), frame[columns.label].isna(), strict=True)
+    ]
+    if task.form == "generation":
+        _refuse_missing([not cell.strip() for cell in cells], columns.label, "text")
+        return tuple(cells)
+    known = {raw: task.labels.index(label) for raw, label in _given_labels(columns, task).items()}
+    truths = []
+    for row, (told, cell) in enumerate(zip(inputs, cells, strict=True)):
+        try:
+            truths.append(_truth(task, str(told), cell, known))
+        except ValueError as error:
+            raise TableError(
+                f'column "{columns.label}", {_rows(np.array([row]))}: {error}',
+                _TRUTHS[task.form],
+                "correct the table, or take the record out of it",
+            ) from None
+    return tuple(truths)
+
+
+def _truth(task: Task, told: str, cell: str, known: Mapping[str, int]) -> str:
+    if task.form == "tokens":
+        return word_truth(told, cell, known)
+    if task.form == "answers":
+        return answer_truth(question_and_text(told)[1], cell)
+    return box_truth(cell, known)
+
+
+_TRUTHS: Mapping[str, str] = {
+    "tokens": "a label of task.labels for each word of the text, with blanks between",
+    "answers": "words that stand in the text",
+    "detection": "JSON, a list of [label, left, top, right, bottom] with sides from 0 to 1",
+}
+
+
+def _label_rows(cells: pd.Series, known: Mapping[str, int], labels: int) -> npt.NDArray[np.float64]:
+    """1 for each label that a cell names, [n, labels]; an empty cell names none."""
+    named = [
+        [] if missing else [canonical(one) for one in str(cell).split(LABELS_APART) if one.strip()]
+        for cell, missing in zip(cells.tolist(), cells.isna(), strict=True)
+    ]
+    _refuse_unknown([[key for key in keys if key not in known] for keys in named], str(cells.name), known)
+    rows = np.zeros((len(named), labels))
+    for row, keys in zip(rows, named, strict=True):
+        row[[known[key] for key in keys]] = 1.0
+    return rows
+
+
+def _refuse_unknown(unknown: list[list[str]], column: str, known: Mapping[str, int]) -> None:
+    """Refuse rows with labels that no mapping knows: those of each row."""
+    rows = np.array([row for row, keys in enumerate(unknown) if keys])
+    if rows.size:
+        values = ", ".join(f'"{value}"' for value in list(dict.fromkeys(key for keys in unknown for key in keys))[:3])
         raise TableError(
-            f'column "{columns.label}", {_rows(np.array(unknown))}: label {values}',
+            f'column "{column}", {_rows(rows)}: label {values}',
             f"one of {sorted(known)}",
             "add the value to labels, correct the table, or add the class to task.labels",
         )
-    return np.array([known[key] for key in keys], dtype=np.int64)
 
 
 def _label_indices(columns: Columns, task: Task) -> Mapping[str, int]:
     """Canonical raw label → index into `task.labels`."""
+    given = _given_labels(columns, task)
+    return {key: task.labels.index(label) for key, label in canonical_keys(given, "labels").items()}
+
+
+def _given_labels(columns: Columns, task: Task) -> Mapping[str, str]:
+    """Raw label → the plan's label."""
     given = columns.labels or {label: label for label in task.labels}
     for raw, label in given.items():
         if label not in task.labels:
             expectation = f"one of task.labels = {list(task.labels)}"
             raise TableError(f'labels."{raw}" = "{label}"', expectation, "correct the mapping")
-    return {key: task.labels.index(label) for key, label in canonical_keys(given, "labels").items()}
+    return given
 
 
 def _refuse_missing(missing: list[bool], column: str, role: str) -> None:

@@ -35,7 +35,7 @@ COMMIT_S = 2.0
 INDEX_BYTES: Final = 100
 """Room that a record takes in the index, rounded up."""
 
-_ROWS, _INDEX, _LOCK = "rows.bin", "index.sqlite", "lock"
+_ROWS, _INDEX, _NEW_INDEX, _LOCK = "rows.bin", "index.sqlite", "new.sqlite", "lock"
 _SCHEMA = """
 CREATE TABLE store (identity TEXT NOT NULL, width INTEGER NOT NULL) STRICT;
 CREATE TABLE record (
@@ -144,7 +144,8 @@ class FeatureStore:
                 return 0, {}
 
     def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(self.folder / _INDEX, timeout=_BUSY_S)
+        """The index as it is; it is never made here, since a reader may ask while the builder lays it out."""
+        return sqlite3.connect(f"{(self.folder / _INDEX).absolute().as_uri()}?mode=rw", timeout=_BUSY_S, uri=True)
 
     def _stored_width(self, db: sqlite3.Connection) -> int:
         """Features per record; 0 where this is not the index of this very store."""
@@ -161,6 +162,9 @@ class FeatureStore:
 
     def _ready(self, width: int) -> int:
         """Lay out the files, and say which is the first row that may be written."""
+        if not (self.folder / _INDEX).exists():
+            self._start_over(width)
+            return 0
         with closing(self._connect()) as db:
             try:
                 if self._stored_width(db) == width:
@@ -181,14 +185,20 @@ class FeatureStore:
         return 0 if last is None else int(last) + 1
 
     def _start_over(self, width: int) -> None:
-        """New files in place of what is there; whoever has mapped the old ones keeps them."""
-        for path in [*self.folder.glob(f"{_INDEX}*"), self.folder / _ROWS]:
+        """New files in place of what is there; whoever has mapped the old ones keeps them.
+
+        The index is made whole beside the old one and takes its name in one step: who reads meanwhile sees one or
+        the other.
+        """
+        new = self.folder / _NEW_INDEX
+        for path in [*self.folder.glob(f"{_INDEX}-*"), *self.folder.glob(f"{_NEW_INDEX}*"), self.folder / _ROWS]:
             path.unlink(missing_ok=True)
         (self.folder / _ROWS).touch(mode=0o600)
-        with closing(self._connect()) as db:
+        with closing(sqlite3.connect(new)) as db:
             db.executescript(_SCHEMA)
             with db:
                 db.execute("INSERT INTO store VALUES (?, ?)", (self._identity, width))
+        new.replace(self.folder / _INDEX)
         sync_folder(self.folder)
 
 

@@ -11,22 +11,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veil.client.head_batch import Batch, HeadBatch
-from veil.common.head import probabilities
+from veil.common.head import scores
+from veil.common.objective import OBJECTIVES, form_of
 
 
 def clipped_head_sum(weight: NDArray[np.floating], batch: Batch, bound: float) -> NDArray[np.float64]:
     """Sum over units of the clipped mean cross-entropy gradient of a linear head.
 
-    A unit's gradient is the mean over its records of e_i x_iᵀ with e_i = softmax - one-hot; its squared length is
-    Σ_ij (e_i·e_j)(x_i·x_j) / k², taken from the pairs of its records.
+    A unit's gradient is the mean over its records of e_i x_iᵀ with e_i = answer - truth (`veil.common.objective`); its
+    squared length is Σ_ij (e_i·e_j)(x_i·x_j) / k², taken from the pairs of its records.
 
     Args:
-        weight: [classes, d + 1].
+        weight: [labels, d + 1].
         batch: the units' records.
         bound: L2 bound of one unit's gradient.
 
     Returns:
-        [classes, d + 1], zero for an empty batch.
+        [labels, d + 1], zero for an empty batch.
     """
     total = np.zeros(weight.shape)
     for block in batch.blocks():
@@ -35,8 +36,7 @@ def clipped_head_sum(weight: NDArray[np.floating], batch: Batch, bound: float) -
 
 
 def _clipped_block(weight: NDArray[np.floating], block: HeadBatch, bound: float) -> NDArray[np.float64]:
-    errors = probabilities(weight, block.inputs)
-    errors[np.arange(len(block.labels)), block.labels] -= 1.0
+    errors = OBJECTIVES[form_of(block.labels)].errors(scores(weight, block.inputs), block.labels)
     own = np.einsum("nc,nc->n", errors, errors)
     broken = ~np.isfinite(own)
     if broken.any():

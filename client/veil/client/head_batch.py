@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veil.common.head import head_inputs
+from veil.common.objective import Targets
 
 ROOM_BYTES = 2**30
 """What all kept batches of a process take together, at most."""
@@ -38,8 +39,8 @@ class Grouped(Protocol):
         ...
 
     @property
-    def labels(self) -> NDArray[np.int64]:
-        """[n]"""
+    def labels(self) -> Targets:
+        """[n], or [n, c]"""
         ...
 
     @property
@@ -89,7 +90,7 @@ class HeadBatch:
 
     Attributes:
         inputs: head inputs, [n, d + 1].
-        labels: [n].
+        labels: the truth, [n] or [n, c].
         unit: [n].
         count: number of units.
         share: 1 / records of the record's unit, [n].
@@ -99,7 +100,7 @@ class HeadBatch:
     """
 
     inputs: NDArray[np.float64]
-    labels: NDArray[np.int64]
+    labels: Targets
     unit: NDArray[np.int64]
     count: int
     share: NDArray[np.float64]
@@ -141,7 +142,7 @@ class HeadBatch:
             pairs, dots = np.searchsorted(rows, pairs[:, kept]), dots[kept]
         return HeadBatch(
             inputs=self.inputs.take(rows, axis=0),
-            labels=self.labels.take(rows),
+            labels=self.labels.take(rows, axis=0),
             unit=self.unit.take(rows),
             count=self.count,
             share=self.share.take(rows),

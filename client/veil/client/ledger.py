@@ -20,16 +20,23 @@ from pathlib import Path
 from typing import Any
 
 from veil.client.anchor import Anchor, disagreement
-from veil.client.books import Books, Entry, Extract, total
+from veil.client.books import Books, Entry, Extract, total, total_alone
 from veil.client.chain import Line, examine, genesis, seal
 from veil.client.lines import FileLock, LineFile
 from veil.common.errors import InputError, RefusalCode, RefusalError
 from veil.common.keys import NodeKey
-from veil.common.privacy import Mechanism, PrivacyBudget, PrivacySpent, PrivacyUnit, gaussian_sigma
+from veil.common.privacy import (
+    Mechanism,
+    NoiseShares,
+    PrivacyBudget,
+    PrivacySpent,
+    PrivacyUnit,
+    gaussian_sigma,
+)
 from veil.common.privacy.mechanism import MIN_NOISE_MULTIPLIER
 from veil.common.schedule import Release
 
-__all__ = ["Claim", "Entry", "Ledger", "entries_by_site", "entries_of", "total"]
+__all__ = ["Claim", "Entry", "Ledger", "Masking", "entries_by_site", "entries_of", "total", "total_alone"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +50,23 @@ class Claim:
 
     seq: int
     reply: bytes | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Masking:
+    """The masked sum that a release goes into.
+
+    Attributes:
+        session: what its masks are derived for, 64 hexadecimal digits.
+        shares: how its noise is shared.
+    """
+
+    session: str
+    shares: NoiseShares
+
+    def to_record(self) -> dict[str, Any]:
+        """Plain values for the ledger's line."""
+        return {"session": self.session, "sites": self.shares.sites, "colluding": self.shares.colluding}
 
 
 class Ledger:
@@ -144,6 +168,7 @@ class Ledger:
         noise: str,
         plan: str,
         review: Callable[[Sequence[Entry]], None],
+        masking: Masking | None = None,
     ) -> Claim:
         """Write a release down, durably, before anything touches a record.
 
@@ -153,6 +178,7 @@ class Ledger:
             noise: name of the noise source.
             plan: SHA-256 of the plan.
             review: raises `RefusalError` when the lines so far do not leave room; called inside the transaction.
+            masking: of a masked sum, its session and how its noise is shared; another session is another release.
 
         Returns:
             a claim; with `reply` set, the release was drawn before and must not be drawn again.
@@ -162,12 +188,13 @@ class Ledger:
         """
         with self._transaction() as added:
             self._check_anchor()
-            answered = self._books.answered(job, release)
+            session = "" if masking is None else masking.session
+            answered = self._books.answered(job, release, session)
             if answered is not None:
                 return Claim(seq=answered, reply=self._recorded(answered))
             review(tuple(self._books.entries))
-            key = (job, release.round, release.kind.value)
-            fields = {
+            key = (job, release.round, release.kind.value, session)
+            fields: dict[str, Any] = {
                 "kind": "spend",
                 "job": job,
                 "round": release.round,
@@ -177,6 +204,8 @@ class Ledger:
                 "noise": noise,
                 "plan": plan,
             }
+            if masking is not None:
+                fields["masking"] = masking.to_record()
             return Claim(seq=self._add(added, fields))
 
     def record_reply(self, claim: Claim, reply: bytes) -> bytes:

@@ -6,11 +6,13 @@ Promises that a limit is a positive, finite number: there is no word for "unlimi
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from veil.common.plan import Section
+from veil.common.masking import MOST_MEMBERS
+from veil.common.plan import COLLUDING_OF_TEN, Section
 from veil.common.privacy import PrivacyUnit
 
 
@@ -29,8 +31,22 @@ class Limits(Section):
     approval: Literal["ask", "auto-within-limits"] = Field(
         default="ask", description="ask: each run waits for the operator; auto-within-limits: the limits decide"
     )
-    licences: tuple[str, ...] = Field(
-        default=(), description="SPDX names of the licences that weights may have; empty: any"
+    licences: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(),
+        description="SPDX names of the licences that weights may have, those without one refused; empty: any",
+    )
+    min_cohort: int = Field(
+        default=3,
+        ge=2,
+        le=MOST_MEMBERS,
+        description="distributed noise: the fewest sites of a masked sum, this one too",
+    )
+    colluding_of_ten: int = Field(
+        default=COLLUDING_OF_TEN,
+        ge=0,
+        le=9,
+        description="distributed noise: of ten sites, how many may work with the coordinator; a plan that counts on "
+        "more honest ones is refused",
     )
     accept_backbone: bool = Field(default=True, description="pinned weights may be received from the coordinator")
 
@@ -40,3 +56,6 @@ class SitePolicy(Section):
 
     name: str = Field(min_length=1, max_length=80, description="the site's name, as others see it")
     limits: Limits
+    peers: Mapping[str, str] = Field(
+        default_factory=dict, description="sites that may share noise with this one, and the SHA-256 of their keys"
+    )

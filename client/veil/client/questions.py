@@ -15,7 +15,7 @@ import typer
 from veil.common.errors import InputError
 
 Answers = dict[str, dict[str, Any]]
-_INPUTS = ("text", "image", "features")
+_INPUTS = ("text", "image", "audio", "features")
 _LIMITS = {"epsilon_per_run": "Most ε of one run", "epsilon_lifetime": "Most ε for ever"}
 
 
@@ -63,10 +63,10 @@ def _ask_labels() -> list[str]:
 
 
 def _ask_input() -> tuple[str, str | list[str]]:
-    kind = _ask(f"What are the records: {', '.join(_INPUTS)}", "--text, --image or --feature")
+    kind = _ask(f"What are the records: {', '.join(_INPUTS)}", "--text, --image, --audio or --feature")
     if kind not in _INPUTS:
         raise InputError(f"records of kind {kind!r}", f"one of {', '.join(_INPUTS)}", "answer with one of them")
-    columns = _ask("Column (several numeric ones separated by commas)", "--text, --image or --feature")
+    columns = _ask("Column (several numeric ones separated by commas)", "--text, --image, --audio or --feature")
     return kind, [name.strip() for name in columns.split(",")] if kind == "features" else columns
 
 

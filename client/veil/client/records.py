@@ -11,18 +11,17 @@ import logging
 import secrets
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from veil.client.examples import Examples, named_columns, read_examples, read_table
+from veil.client.examples import Examples, label_numbers, named_columns, read_examples, read_table
 from veil.client.features import Encoder, cached_features
 from veil.client.holdout import held_out, identities
 from veil.client.site_file import Data, SiteFile
@@ -30,10 +29,16 @@ from veil.client.template import MISSING_WORDS, canonical
 from veil.client.units import Units, bounded_units
 from veil.common.durable import sync_folder, write_new
 from veil.common.errors import InputError, RefusalCode, RefusalError, TableError
-from veil.common.plan import Backbone, RunPlan, Task
+from veil.common.group_quality import group_numbers
+from veil.common.objective import Targets
+from veil.common.plan import STRUCTURED, Backbone, RunPlan, Task
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from veil.client.tuned_units import TunedUnits
+    from veil.common.lazy_backbone import LazyBackbone
+    from veil.common.tunable import TunableModel
 
 _KEY_BYTES = 32
 _PLANS_KEPT = 4
@@ -60,8 +65,21 @@ class SiteRecords:
         self._loaded: tuple[tuple[object, ...], Encoder] | None = None
         self._lock = threading.Lock()
         self._prepared = lru_cache(maxsize=_PLANS_KEPT)(self._prepare)
+        self._tunable = lru_cache(maxsize=1)(self._tune)
 
-    def __call__(self, plan: RunPlan) -> Units:
+    def model(self, plan: RunPlan) -> TunableModel:
+        """The model of a plan that tunes more than a head, loaded and examined; no record is read.
+
+        Raises:
+            RefusalError: with the code `policy`, when a round would take more memory than `agent.max_memory_gb`.
+            WeightsError: when the backbone is not to be had.
+            PlanError: when the mode does not fit it.
+            RunError: when it cannot be trained soundly on this machine.
+        """
+        with self._lock:
+            return self._tunable(plan.public().to_json())
+
+    def __call__(self, plan: RunPlan) -> Units | TunedUnits:
         """The units of a plan.
 
         Raises:
@@ -71,19 +89,43 @@ class SiteRecords:
         with self._lock:
             return self._prepared(plan.public().to_json())
 
-    def _prepare(self, plan_json: str) -> Units:
+    def _prepare(self, plan_json: str) -> Units | TunedUnits:
         plan = RunPlan.from_json(plan_json)
         check_columns(self._site.data, plan.task)
         examples = read_examples(self._site.source, self._site.data, plan.task, unit=plan.privacy.unit)
         key, evaluation = _secret_key(self._site.agent.state / "units.key"), plan.evaluation
-        return bounded_units(
-            np.asarray(self._features(plan, examples)),
-            examples.labels,
-            examples.units,
+        bounded = partial(
+            bounded_units,
+            labels=examples.labels,
+            names=examples.units,
             max_records=plan.privacy.max_records_per_patient,
             key=key,
             held=held_out(identities(examples), key, evaluation.holdout) if evaluation else None,
+            groups=None if examples.groups is None else group_numbers(examples.groups, plan.groups),
         )
+        if not plan.transfer.deep:
+            return bounded(np.asarray(self._features(plan, examples)))
+        from veil.client.tuned_units import tuned_units
+
+        return tuned_units(bounded, lambda: self._features(plan, examples), examples, self._tunable(plan_json), plan)
+
+    def _tune(self, plan_json: str) -> TunableModel:
+        from veil.common.tunable import load_tunable
+
+        plan = RunPlan.from_json(plan_json)
+        if plan.backbone is None:
+            raise ValueError("a tuned model without a backbone; expected a plan with one")
+        model = load_tunable(cast("LazyBackbone", self._encoder(plan.backbone, plan.task)), plan)
+        self._fit(model, plan)
+        model.examine()
+        return model
+
+    def _fit(self, model: TunableModel, plan: RunPlan) -> None:
+        """Keep to the operator's limit of memory; how many records there are has no part in it."""
+        from veil.common.memory import fitted
+
+        if self._site.agent.max_memory_gb is not None:
+            model.remember(fitted(plan, model.footprint(), int(self._site.agent.max_memory_gb * 1e9)))
 
     def _features(self, plan: RunPlan, examples: Examples) -> NDArray[np.floating]:
         if plan.backbone is None or isinstance(examples.inputs, np.ndarray):
@@ -101,7 +143,8 @@ class SiteRecords:
 
     def _encoder(self, backbone: Backbone, task: Task) -> Encoder:
         """The last one stays in memory; it also depends on how the task reads a record."""
-        wanted = (backbone.sha256, backbone.files_sha256, task.kind, task.max_length, task.image_size)
+        read = (task.kind, task.max_length, task.image_size, task.max_seconds)
+        wanted = (backbone.sha256, backbone.files_sha256, *read)
         if self._loaded is None or self._loaded[0] != wanted:
             self._loaded = None
             self._loaded = wanted, self._find_backbone(backbone, task)
@@ -149,11 +192,11 @@ def check_columns(data: Data, task: Task) -> None:
     Raises:
         RefusalError: with the code `data`.
     """
-    if task.kind != f"{data.modality}-classification":
+    if task.kind != f"{data.modality}-{data.form}":
         raise RefusalError(
             RefusalCode.DATA,
-            f'task.kind = "{task.kind}" for {data.modality} columns',
-            f"{data.modality}-classification",
+            f'task.kind = "{task.kind}" for {data.modality} columns and form = "{data.form}"',
+            f"{data.modality}-{data.form}",
             "name the columns that such a plan needs in [data], or refuse the run",
         )
     if data.features is not None and task.width not in (None, len(data.features)):
@@ -200,7 +243,8 @@ class Overview:
     Attributes:
         records: number of records.
         units: number of units, as limits.unit counts them.
-        labels: records of each class, in a plan's words.
+        labels: records of each class, in a plan's words; a record can have several labels, or a number and none.
+        numbers: the smallest and the largest one, of a regression.
         missing: cells without a value, by column.
         first: the first cells as text, by column.
     """
@@ -210,6 +254,7 @@ class Overview:
     labels: Mapping[str, int]
     missing: Mapping[str, int]
     first: Mapping[str, tuple[str, ...]]
+    numbers: tuple[float, float] | None = None
 
 
 def look(site: SiteFile) -> Overview:
@@ -221,16 +266,28 @@ def look(site: SiteFile) -> Overview:
     data = site.data
     frame = read_table(site.source, named_columns(data))
     classes = tuple(dict.fromkeys(data.labels.values()))
-    task = Task.model_construct(kind=f"{data.modality}-classification", labels=classes, bounds={})
+    numbers = label_numbers(frame, data.label) if data.form == "regression" else None
+    task = Task.model_construct(
+        kind=f"{data.modality}-{data.form}", labels=classes, bounds={}, target=None if numbers is None else (0.0, 1.0)
+    )
     examples = read_examples(site.source, data, task, unit=site.limits.unit)
-    counts = Counter(examples.labels.tolist())
     return Overview(
         records=len(examples),
         units=len(np.unique(examples.units)),
-        labels={label: counts[index] for index, label in enumerate(classes)},
+        labels={}
+        if data.form in STRUCTURED
+        else dict(zip(classes, _counts(examples.labels, len(classes)), strict=True)),
         missing={str(name): _missing(frame[name], data) for name in frame.columns},
         first={str(name): tuple(map(str, frame[name].head(_CELLS_SHOWN))) for name in frame.columns},
+        numbers=None if numbers is None else (float(numbers.min()), float(numbers.max())),
     )
+
+
+def _counts(targets: Targets, labels: int) -> list[int]:
+    """Records of each label."""
+    if targets.ndim == 2:
+        return [int(count) for count in targets.sum(axis=0)]
+    return [int((targets == index).sum()) for index in range(labels)]
 
 
 def _missing(cells: pd.Series, data: Data) -> int:

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from opacus import GradSampleModule
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from veil.client.units import Units
 from veil.common.head import head_inputs
+from veil.common.objective import Targets, form_of
 
 
 def opacus_clipped_sum(
@@ -24,13 +25,13 @@ def opacus_clipped_sum(
     """Sum over units of the clipped mean of their records' gradients, each materialised by Opacus' hooks.
 
     Args:
-        weight: [classes, d + 1].
-        units: the records; takes classes · (d + 1) numbers of memory for each.
+        weight: [labels, d + 1].
+        units: the records; takes labels · (d + 1) numbers of memory for each.
         centre: [d].
         bound: L2 bound of one unit's gradient.
 
     Returns:
-        [classes, d + 1], float64.
+        [labels, d + 1], float64.
     """
     head = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False).double()
     with torch.no_grad():
@@ -39,7 +40,7 @@ def opacus_clipped_sum(
         warnings.simplefilter("ignore")  # Opacus' own, about torch's hooks
         hooked = GradSampleModule(head, loss_reduction="sum")
         outputs = hooked(torch.from_numpy(head_inputs(units.features, centre)))
-        cross_entropy(outputs, torch.from_numpy(units.labels), reduction="sum").backward()
+        _loss(outputs, units.labels).backward()
     records = hooked._module.weight.grad_sample.detach()
     means = torch.zeros(units.count, *weight.shape, dtype=torch.float64)
     means.index_add_(0, torch.from_numpy(units.unit), records)
@@ -47,3 +48,11 @@ def opacus_clipped_sum(
     factors = (bound / means.flatten(1).norm(dim=1).clamp(min=1e-300)).clamp(max=1.0)
     total: NDArray[np.float64] = (factors[:, None, None] * means).sum(0).numpy()
     return total
+
+
+def _loss(outputs: torch.Tensor, targets: Targets) -> torch.Tensor:
+    """Summed over records and labels."""
+    truth = torch.from_numpy(targets)
+    if form_of(targets) == "classification":
+        return cross_entropy(outputs, truth, reduction="sum")
+    return binary_cross_entropy_with_logits(outputs, truth.reshape(outputs.shape), reduction="sum")

@@ -8,7 +8,7 @@ nothing about them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from veil.client.ledger import Entry, Ledger, total
 from veil.client.policy import Limits
@@ -36,8 +36,15 @@ def release_of(request: RoundRequest) -> Release:
     )
 
 
-def review_request(request: RoundRequest, limits: Limits) -> None:
+def review_request(
+    request: RoundRequest, limits: Limits, expected: Mapping[str, tuple[int, ...]] | None = None
+) -> None:
     """Refuse a plan that protects otherwise than the site demands, and a request that cannot be answered.
+
+    Args:
+        request: the round.
+        limits: the site's.
+        expected: shapes of a tuned model's tensors; None for a head, as wide as it comes.
 
     Raises:
         RefusalError: naming the request's value and what the site expects.
@@ -52,7 +59,7 @@ def review_request(request: RoundRequest, limits: Limits) -> None:
         )
     shapes = {name: tensor.shape for name, tensor in request.adapter.tensors.items()}
     width = (shapes.get(CENTRE) or (0,))[0]
-    wanted = {CENTRE: (width,), WEIGHT: (len(request.plan.task.labels), width + 1)}
+    wanted = expected or {CENTRE: (width,), WEIGHT: (len(request.plan.task.labels), width + 1)}
     if shapes != wanted:
         raise RefusalError(
             RefusalCode.MALFORMED,

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A private step that is thrown away, to see on this very machine that noise is added, that clipping holds, and that
-gradients are those of Opacus.
+gradients of every form of task are those of Opacus.
 
 Promises that what is drawn here goes nowhere.
 """
@@ -16,11 +16,15 @@ from numpy.typing import NDArray
 from scipy.stats import chi2
 
 from veil.client.gradient import clipped_head_sum, clipped_mean_sum
+from veil.client.moment_sums import clipped_moment_sum
 from veil.client.release import centre_update, gradient_update
 from veil.client.units import Units
 from veil.common.errors import RunError
 from veil.common.head import CENTRE, WEIGHT
+from veil.common.moments import moments_size
 from veil.common.noise import OSNoise, clip_bound, spacing
+from veil.common.objective import OBJECTIVES, Targets, form_of
+from veil.common.plan import Form
 from veil.common.privacy import Mechanism
 from veil.common.schedule import COUNT_WEIGHT
 
@@ -32,6 +36,8 @@ _ENOUGH = 500
 _BOUND = 0.1
 _EQUAL = 1e-9
 _RECORDS = 4
+_FORMS: tuple[Form, ...] = tuple(OBJECTIVES)
+"""Of which gradients are looked at."""
 
 _MECHANISM = Mechanism(noise_multiplier=2.0, max_grad_norm=1.0)
 
@@ -50,8 +56,7 @@ def examine_step(units: Units | None = None) -> Sequence[str]:
     """
     units = units or _made_up(_WIDTH, np.arange(_COUNT))
     width = units.features.shape[1]
-    classes = max(_CLASSES, int(units.labels.max(initial=0)) + 1)
-    weight, centre = np.zeros((classes, width + 1)), np.zeros(width)
+    weight, centre = np.zeros((_labels(units.labels), width + 1)), np.zeros(width)
 
     def gradient() -> NDArray[np.int64]:
         return gradient_update(weight, units.batch(centre), _MECHANISM, OSNoise()).points[WEIGHT]
@@ -65,7 +70,9 @@ def examine_step(units: Units | None = None) -> Sequence[str]:
     for draw in (gradient, mean):
         _check_noise(draw)
     _check_clipping(width)
-    _check_reference(width)
+    for form in _FORMS:
+        _check_pull(width, form)
+        _check_reference(width, form)
     return [
         f"one step on {units.count} units took {took:.3f} s",
         "draws differ by noise of the promised size; one unit's part stays within the bound",
@@ -99,6 +106,12 @@ def _check_clipping(width: int) -> None:
 
     _check_part("gradient", gradient(strong) - gradient())
     _check_part("gradient", gradient(weak, strong) - gradient(weak))
+    room = clip_bound(_BOUND, moments_size(width, _CLASSES))
+    nobody, one, two = (
+        clipped_moment_sum(_labelled(row, units), _CLASSES, room) for units in ([], [strong], [weak, strong])
+    )
+    _check_part("moments", one - nobody)
+    _check_part("moments", two - clipped_moment_sum(_labelled(row, [weak]), _CLASSES, room))
     rows = np.outer([0.5, -1.0], row / np.linalg.norm(row))
     for constant in (0.0, COUNT_WEIGHT):
         first, second, both = (
@@ -108,13 +121,50 @@ def _check_clipping(width: int) -> None:
         _check_part("mean", both - first)
 
 
-def _check_reference(width: int) -> None:
+def _check_pull(width: int, form: Form) -> None:
+    """As above for one form: a unit that pulls weakly, and one that pulls the other way as hard as can be."""
+    weak, strong = _opposed(form)
+    weight, centre = np.zeros((_labels(weak), width + 1)), np.zeros(width)
+    weight[0, -1] = 2.0
+    row, room = np.full(width, 1e6), clip_bound(_BOUND, weight.size)
+
+    def gradient(*truths: Targets) -> NDArray[np.float64]:
+        units = Units(
+            features=np.tile(row, (len(truths), 1)),
+            labels=np.concatenate([weak[:0], *truths]),
+            unit=np.arange(len(truths)),
+            count=len(truths),
+        )
+        return clipped_head_sum(weight, units.batch(centre), room)
+
+    _check_part("gradient", gradient(strong) - gradient())
+    _check_part("gradient", gradient(weak, strong) - gradient(weak))
+
+
+def _opposed(form: Form) -> tuple[Targets, Targets]:
+    """A record that agrees with a head that says the first label or a high number, and one that does not."""
+    if form == "classification":
+        return np.array([0]), np.array([1])
+    if form == "regression":
+        return np.array([1.0]), np.array([0.0])
+    return np.eye(_CLASSES)[:1], 1.0 - np.eye(_CLASSES)[:1]
+
+
+def _labels(targets: Targets) -> int:
+    """How many rows a head for such a truth has."""
+    form = form_of(targets)
+    if form == "classification":
+        return max(_CLASSES, int(targets.max(initial=0)) + 1)
+    return targets.shape[1] if form == "multilabel" else 1
+
+
+def _check_reference(width: int, form: Form) -> None:
     """On made-up records of this width: patients of several records, some of them clipped."""
     from veil.client.reference import opacus_clipped_sum  # late: torch and Opacus take seconds to load
 
     random = np.random.default_rng()
-    units = _made_up(width, random.integers(0, _COUNT // _RECORDS, size=_COUNT))
-    weight, centre = random.normal(size=(_CLASSES, width + 1)), 0.1 * random.normal(size=width)
+    units = _made_up(width, random.integers(0, _COUNT // _RECORDS, size=_COUNT), form)
+    weight, centre = random.normal(size=(_labels(units.labels), width + 1)), 0.1 * random.normal(size=width)
     ours = clipped_head_sum(weight, units.batch(centre), _BOUND)
     apart = float(np.abs(ours - opacus_clipped_sum(weight, units, centre, _BOUND)).max())
     if not apart <= _EQUAL:
@@ -142,12 +192,18 @@ def _labelled(row: NDArray[np.float64], units: Sequence[Sequence[int]]) -> Units
     )
 
 
-def _made_up(width: int, unit: NDArray[np.int64]) -> Units:
+def _made_up(width: int, unit: NDArray[np.int64], form: Form = "classification") -> Units:
     random = np.random.default_rng()
     _, numbered = np.unique(unit, return_inverse=True)
+    classes = np.tile(np.arange(_CLASSES), len(unit))[: len(unit)]
+    truths: dict[Form, Targets] = {
+        "classification": random.permutation(classes),
+        "multilabel": random.integers(0, 2, size=(len(unit), _CLASSES)).astype(np.float64),
+        "regression": random.random(len(unit)),
+    }
     return Units(
         features=random.normal(size=(len(unit), width)),
-        labels=random.integers(0, _CLASSES, size=len(unit)),
+        labels=truths[form],
         unit=numbered.astype(np.int64),
         count=int(numbered.max()) + 1,
     )

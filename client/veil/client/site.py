@@ -8,26 +8,41 @@ the records, and that an error inside becomes a short code, because its text may
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from veil.client.attest import make_statement
-from veil.client.ledger import Ledger
+from veil.client.cohort import review_cohort, review_sharing
+from veil.client.ledger import Claim, Ledger, Masking
 from veil.client.policy import SitePolicy
 from veil.client.release import draw
 from veil.client.review import affordable, release_of, remaining, review_history, review_plan, review_request
 from veil.client.units import Units
 from veil.common.delivery import Chunk, Manifest, Progress, Standing
 from veil.common.errors import RefusalCode, RefusalError, VeilError
-from veil.common.exchange import Offer, OfferReply, RoundReply, RoundRequest, StatementReply, Willingness
-from veil.common.noise import NoiseSource, OSNoise
+from veil.common.exchange import (
+    KeyReply,
+    Offer,
+    OfferReply,
+    RoundReply,
+    RoundRequest,
+    StatementReply,
+    Willingness,
+)
+from veil.common.masking import MaskingKey
+from veil.common.noise import NoiseSource, OSNoise, SharedNoise
 from veil.common.plan import Backbone, RunPlan
-from veil.common.schedule import schedule
+from veil.common.privacy import NoiseShares
+from veil.common.schedule import Release, schedule
 from veil.common.statement import SignedStatement
-from veil.common.update import Update
+from veil.common.update import MaskedUpdate, Update
+
+if TYPE_CHECKING:
+    from veil.client.tuned_units import TunedUnits
+    from veil.common.tunable import TunableModel
 
 _log = logging.getLogger(__name__)
 
@@ -72,6 +87,7 @@ class Site:
         policy: what the owner allows.
         ledger: what was done already.
         units: the records as a plan needs them: frozen features, labels, units. Called after the spend.
+        model: the model of a plan that tunes more than a head, examined; called before the spend, reads no record.
         noise: where a round's randomness comes from; outside simulations always `OSNoise`.
         consent: the operator's word on a job with a plan.
         backbones: the pretrained weights on this machine.
@@ -81,12 +97,13 @@ class Site:
 
     policy: SitePolicy
     ledger: Ledger
-    units: Callable[[RunPlan], Units]
+    units: Callable[[RunPlan], Units | TunedUnits]
     noise: Callable[[RoundRequest], NoiseSource]
     consent: Callable[[str, RunPlan], Consent]
     backbones: Backbones
     audit: Path | None = None
     simulated: bool = False
+    model: Callable[[RunPlan], TunableModel] | None = None
 
     def consider(self, offer: Offer) -> OfferReply:
         """Whether this site would take part. Never raises, spends nothing, reads no record."""
@@ -103,6 +120,7 @@ class Site:
     def _willingness(self, offer: Offer) -> Willingness:
         plan, limits = offer.plan, self.policy.limits
         review_plan(plan, limits)
+        review_sharing(plan, self.policy)
         entries = self.ledger.entries()
         done = {entry.round for entry in entries if entry.job == offer.job}
         left = [release for release in schedule(plan) if release.round not in done]
@@ -177,7 +195,7 @@ class Site:
     def answer(self, request: RoundRequest) -> RoundReply:
         """One round: an update, or the code of a refusal. Never raises."""
         try:
-            return self._reply(request, update=self._release(request))
+            return self._reply(request, released=self._release(request))
         except RefusalError as refusal:
             _log.warning("%s refuses round %d of %s: %s", self.policy.name, request.round, request.job, refusal)
             return self._reply(request, refusal=refusal.code)
@@ -188,9 +206,44 @@ class Site:
             _log.exception("%s failed in round %d of %s", self.policy.name, request.round, request.job)
             return self._reply(request, refusal=RefusalCode.INTERNAL)
 
-    def _release(self, request: RoundRequest) -> Update:
-        review_request(request, self.policy.limits)
-        release = release_of(request)
+    def share_key(self, offer: Offer) -> KeyReply:
+        """This site's part in masked sums, of a given cohort where the offer names one. Never raises, spends nothing,
+        reads no record."""
+        try:
+            review_sharing(offer.plan, self.policy)
+            if offer.members:
+                review_cohort(offer.plan, offer.members, self.policy, self._masking.member)
+            return KeyReply(job=offer.job, member=self._masking.member)
+        except RefusalError as refusal:
+            _log.warning("%s shares no noise in %s: %s", self.policy.name, offer.job, refusal)
+            return KeyReply(job=offer.job, refusal=refusal.code)
+        except Exception:
+            _log.exception("%s cannot name its masking key for %s", self.policy.name, offer.job)
+            return KeyReply(job=offer.job, refusal=RefusalCode.INTERNAL)
+
+    @property
+    def _masking(self) -> MaskingKey:
+        return MaskingKey.of(self.ledger.key, self.policy.name)
+
+    def _shares(self, request: RoundRequest) -> NoiseShares | None:
+        """How the noise of a masked sum is shared; None where this site adds all of it.
+
+        Raises:
+            RefusalError: for a cohort that this site does not know, or a plan and a request that do not fit.
+        """
+        if (request.plan.privacy.noise == "distributed") != bool(request.members):
+            raise RefusalError(
+                RefusalCode.MALFORMED,
+                f'privacy.noise = "{request.plan.privacy.noise}" with a cohort of {len(request.members)}',
+                "a cohort with distributed noise, and none with local noise",
+                "the coordinator must follow its own plan",
+            )
+        if not request.members:
+            return None
+        return review_cohort(request.plan, request.members, self.policy, self._masking.member)
+
+    def _release(self, request: RoundRequest) -> Update | MaskedUpdate:
+        review_plan(request.plan, self.policy.limits)
         if self._consent(request.job, request.plan) is Consent.PENDING:
             raise RefusalError(
                 RefusalCode.APPROVAL,
@@ -198,6 +251,9 @@ class Site:
                 "the operator's approval before any round",
                 "veil site approve shows the plan and asks",
             )
+        review_request(request, self.policy.limits, self._expected(request.plan))  # may load a model, so not before
+        shares = self._shares(request)
+        release = release_of(request)
         review_history(request, self.ledger)
         noise = self.noise(request)
         claim = self.ledger.spend(
@@ -208,22 +264,59 @@ class Site:
             review=affordable(
                 request.plan, request.job, remaining(request, release), self.policy.limits, noise=noise.name
             ),
+            masking=None if shares is None else Masking(session=request.session.hex(), shares=shares),
         )
+        if shares is not None:
+            return MaskedUpdate.from_bytes(claim.reply or self._masked(request, release, noise, shares, claim))
         if claim.reply is not None:
             return Update.from_bytes(claim.reply)
-        update = draw(request, release, self.units(request.plan), noise).narrowed(release.update_bits)
+        update = self._draw(request, release, noise).narrowed(release.update_bits)
         return Update.from_bytes(self.ledger.record_reply(claim, update.to_bytes()))
 
+    def _expected(self, plan: RunPlan) -> Mapping[str, tuple[int, ...]] | None:
+        """Shapes of the tensors of a model that is tuned below its head.
+
+        Raises:
+            RefusalError: at a site that has no such models.
+        """
+        if not plan.transfer.deep:
+            return None
+        if self.model is None:
+            raise RefusalError(
+                RefusalCode.DATA, f'transfer.mode = "{plan.transfer.mode}"', "head", "the coordinator can tune a head"
+            )
+        return self.model(plan).shapes
+
+    def _draw(self, request: RoundRequest, release: Release, noise: NoiseSource) -> Update:
+        units = self.units(request.plan)
+        if isinstance(units, Units):
+            return draw(request, release, units, noise)
+        from veil.client.tuned_release import draw_tuned  # late: torch takes seconds to load
+
+        return draw_tuned(request, release, units, noise)
+
+    def _masked(
+        self, request: RoundRequest, release: Release, noise: NoiseSource, shares: NoiseShares, claim: Claim
+    ) -> bytes:
+        update = self._draw(request, release, SharedNoise(noise, shares.share))
+        hidden = self._masking.mask(update, request.members, request.session)
+        return self.ledger.record_reply(claim, hidden.to_bytes())
+
     def _reply(
-        self, request: RoundRequest, *, update: Update | None = None, refusal: RefusalCode | None = None
+        self,
+        request: RoundRequest,
+        *,
+        released: Update | MaskedUpdate | None = None,
+        refusal: RefusalCode | None = None,
     ) -> RoundReply:
-        told = update is not None and self.policy.limits.release_counts
+        told = released is not None and self.policy.limits.release_counts
         return RoundReply(
             site=self.policy.name,
             job=request.job,
             round=request.round,
-            update=update,
+            update=released if isinstance(released, Update) else None,
+            masked=released if isinstance(released, MaskedUpdate) else None,
             refusal=refusal,
-            head="" if update is None else self.ledger.head(),
+            head="" if released is None else self.ledger.head(),
             units=self.units(request.plan).total if told else None,
         )

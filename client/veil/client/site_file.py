@@ -47,6 +47,10 @@ class Data(Columns):
     @model_validator(mode="after")
     def _own_labels(self) -> Self:
         """With the labels in this file, no plan can find out by a refusal which ones the records have."""
+        if self.form in ("regression", "answers", "generation"):
+            if self.labels:
+                raise ValueError(f'[data.labels] with form = "{self.form}"; the label column holds none, leave it out')
+            return self
         if not self.labels:
             raise ValueError('[data.labels] is missing; name each value of the label column, as in "1" = "ill"')
         return self
@@ -132,6 +136,12 @@ class Agent(Section):
     cache_max_gb: float = Field(
         default=20.0, gt=0, description="gigabytes that all kept features may take; a run that needs more is stopped"
     )
+    max_memory_gb: float | None = Field(
+        default=None,
+        gt=0,
+        description="gigabytes that a round of a model tuned below its head may take, by its memory plan; a run that "
+        "needs more is refused before a record is read, and less is remembered of records (none: no limit)",
+    )
     device: Device = Field(
         default="auto", description="where features are computed: auto (cuda where torch has one), cpu or cuda"
     )
@@ -187,6 +197,10 @@ class SiteFile(Section):
     limits: Limits
     coordinator: Coordinator
     agent: Agent
+    peers: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = Field(
+        default_factory=dict,
+        description="distributed noise: each site that may share noise with this one, and the SHA-256 of its key",
+    )
     _folder: Path = PrivateAttr(default_factory=Path.cwd)
 
     @model_validator(mode="before")
@@ -200,6 +214,12 @@ class SiteFile(Section):
         if isinstance(data, dict) and isinstance(limits, dict) and data.get("patient"):
             return {**document, "limits": {"unit": PrivacyUnit.PATIENT.value, **limits}}
         return document
+
+    @model_validator(mode="after")
+    def _others_pinned(self) -> Self:
+        if self.name in self.peers:
+            raise ValueError(f"peers.{self.name} is this site itself; pin the others only")
+        return self
 
     @model_validator(mode="after")
     def _patients_known(self) -> Self:
@@ -220,7 +240,7 @@ class SiteFile(Section):
     @property
     def policy(self) -> SitePolicy:
         """What rounds are reviewed against."""
-        return SitePolicy(name=self.name, limits=self.limits)
+        return SitePolicy(name=self.name, limits=self.limits, peers=self.peers)
 
     @property
     def source(self) -> Path | Query:

@@ -26,14 +26,20 @@ _EXAMPLES: Mapping[str, Any] = {
     "text": "body",
     "text_template": "{age} years, {sex}",
     "image": "path",
+    "audio": "path",
+    "question": "asked",
     "features": ["age", "heart_rate"],
     "patient": "mrn",
+    "group": "sex",
     "query": "SELECT body, label FROM reports",
     "password_file": "keys/database.password",
     "mirror": "weights",
+    "max_memory_gb": 8.0,
     "labels": {"1": "adverse_event"},
+    "groups": {"0": "women", "1": "men"},
     "values": {"sex": {"0": "woman", "1": "man"}},
     "missing_values": {"age": [-1]},
+    "peers": {"st-elsewhere": "2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae"},
 }
 """For keys whose default says nothing."""
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from veil.client.head_batch import Batch, Kept, head_batch, rows_by_unit
 from veil.common.head import unit_rows
+from veil.common.objective import Targets
 
 _PIECE = 2**15
 """Records of a piece: of 1280 features, a third of a gigabyte while it is worked on."""
@@ -28,17 +29,19 @@ class Units:
 
     Attributes:
         features: pooled outputs of the frozen backbone, [n, d].
-        labels: class of each record, [n].
+        labels: the truth of each record, [n] or [n, c]: see `veil.common.objective.Targets`.
         unit: index of each record's unit, 0 to `count` - 1, [n].
         count: number of units.
         held: further units, which never train; None where the plan asks for no evaluation.
+        groups: of each record, as `veil.common.group_quality.group_numbers`, [n]; None where the plan names none.
     """
 
     features: NDArray[np.floating]
-    labels: NDArray[np.int64]
+    labels: Targets
     unit: NDArray[np.int64]
     count: int
     held: Units | None = None
+    groups: NDArray[np.int64] | None = None
     _batch: Kept = field(default_factory=Kept, init=False, repr=False, compare=False)
 
     def batch(self, centre: NDArray[np.floating], classes: int = 2) -> Batch:
@@ -100,50 +103,74 @@ class Units:
                 labels=self.labels[rows],
                 unit=unit.astype(np.int64),
                 count=last - first,
+                groups=None if self.groups is None else self.groups[rows],
             )
             first = last
 
     def only(self, chosen: NDArray[np.bool_]) -> Units:
         """The records of some units: `chosen` [count]. Unit numbers stay as they are."""
         rows = np.flatnonzero(chosen[self.unit])
-        return Units(features=self.features[rows], labels=self.labels[rows], unit=self.unit[rows], count=self.count)
+        return Units(
+            features=self.features[rows],
+            labels=self.labels[rows],
+            unit=self.unit[rows],
+            count=self.count,
+            groups=None if self.groups is None else self.groups[rows],
+        )
 
 
 def bounded_units(
     features: NDArray[np.floating],
-    labels: NDArray[np.int64],
+    labels: Targets,
     names: NDArray[np.str_],
     *,
     max_records: int,
     key: bytes,
     held: NDArray[np.bool_] | None = None,
+    groups: NDArray[np.int64] | None = None,
 ) -> Units:
     """Group records by unit and keep at most `max_records` of each.
 
     Args:
         features: [n, d].
-        labels: [n].
+        labels: [n] or [n, c].
         names: unit of each record, [n].
         max_records: the bound; further records of a unit do not take part.
         key: the site's secret key of the hash.
         held: which records never train, all of a unit or none, [n]; None where the plan asks for no evaluation.
+        groups: of each record, [n]; None where the plan names none.
     """
     if held is not None:
         training, kept_out = (
-            bounded_units(features[part], labels[part], names[part], max_records=max_records, key=key)
+            bounded_units(
+                features[part],
+                labels[part],
+                names[part],
+                max_records=max_records,
+                key=key,
+                groups=None if groups is None else groups[part],
+            )
             for part in (~held, held)
         )
         return replace(training, held=kept_out)
-    distinct, unit = np.unique(names, return_inverse=True)
-    groups = rows_by_unit(unit, len(distinct))
+    distinct, unit = _numbered(names)
+    by_unit = rows_by_unit(unit, len(distinct))
     taking_part = [
         rows if len(rows) <= max_records else _drawn(rows, key, str(name), max_records)
-        for rows, name in zip(groups, distinct, strict=True)
+        for rows, name in zip(by_unit, distinct, strict=True)
     ]
     rows = np.sort(np.concatenate([np.zeros(0, np.int64), *taking_part]))
     if len(rows) < len(unit):
         features, labels, unit = features[rows], labels[rows], unit[rows]
-    return Units(features=features, labels=labels, unit=unit.astype(np.int64), count=len(distinct))
+        groups = None if groups is None else groups[rows]
+    return Units(features=features, labels=labels, unit=unit.astype(np.int64), count=len(distinct), groups=groups)
+
+
+def _numbered(names: NDArray[np.str_]) -> tuple[NDArray[np.str_], NDArray[np.int64]]:
+    """The units in the order in which they first appear, whatever they are called, and each record's."""
+    distinct, first, unit = np.unique(names, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    return distinct[order], np.argsort(order)[unit]
 
 
 def _drawn(rows: NDArray[np.int64], key: bytes, name: str, most: int) -> NDArray[np.int64]:

@@ -10,14 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from veil.client.ledger import Entry, total
+from veil.client.cohort import smallest_cohort
+from veil.client.ledger import Entry, total, total_alone
 from veil.client.policy import Limits
 from veil.client.site_file import Data, SiteFile
-from veil.common.evaluation import EVALUATION, released_size
+from veil.common.evaluation import EVALUATION
+from veil.common.evaluation_forms import vector_size
 from veil.common.head import CENTRE, WEIGHT
+from veil.common.moments import STATISTICS, moments_size
 from veil.common.plan import RunPlan
-from veil.common.privacy import PrivacyUnit
+from veil.common.privacy import NoiseShares, PrivacyUnit
 from veil.common.schedule import ReleaseKind, schedule
+from veil.common.trained import GRADIENT, trained_words
+from veil.common.truths import SAID
 
 _SHOWN = 200
 
@@ -31,12 +36,14 @@ class Price:
         before: ε of the whole ledger as it stands.
         after: ε of the whole ledger when the run is done.
         limits: the site's.
+        alone: ε of the run if this site's masks were taken off, with all its peers in the sum; None without masks.
     """
 
     run: float
     before: float
     after: float
     limits: Limits
+    alone: float | None = None
 
     @property
     def affordable(self) -> bool:
@@ -44,15 +51,24 @@ class Price:
         return self.run <= self.limits.epsilon_per_run and self.after <= self.limits.epsilon_lifetime
 
 
-def price(plan: RunPlan, job: str, limits: Limits, entries: Sequence[Entry]) -> Price:
+def price(plan: RunPlan, job: str, limits: Limits, entries: Sequence[Entry], *, peers: int = 0) -> Price:
     """What a run would cost, from the plan and the ledger's lines.
+
+    Args:
+        plan: the run's plan.
+        job: its identity.
+        limits: the site's.
+        entries: the ledger's lines.
+        peers: with how many sites this one may share noise.
 
     Raises:
         PlanError: when no noise keeps the plan's promise.
     """
     done = {entry.round for entry in entries if entry.job == job}
+    sharing = plan.privacy.noise == "distributed" and peers > 0
+    shares = NoiseShares(sites=peers + 1, colluding=plan.cohort.colluding(peers + 1)) if sharing else None
     left = [
-        Entry(job=job, round=one.round, mechanism=one.mechanism, noise="os", plan=plan.sha256)
+        Entry(job=job, round=one.round, mechanism=one.mechanism, noise="os", plan=plan.sha256, shares=shares)
         for one in schedule(plan)
         if one.round not in done
     ]
@@ -62,6 +78,7 @@ def price(plan: RunPlan, job: str, limits: Limits, entries: Sequence[Entry]) -> 
         before=total(entries, limits.delta).epsilon,
         after=total(projected, limits.delta).epsilon,
         limits=limits,
+        alone=total_alone(projected, limits.delta, job).epsilon if sharing else None,
     )
 
 
@@ -82,19 +99,30 @@ def describe_plan(
     """
     if site.data.features is not None:
         width = len(site.data.features)
-    classes = ", ".join(map(_plain, plan.task.labels))
     lines = [
-        f'Run "{_plain(plan.name)}", job {_plain(job)}: {plan.task.kind} into {classes}.',
-        f"Trained: a new output layer on {_backbone(plan, site.limits)}.",
+        f'Run "{_plain(plan.name)}", job {_plain(job)}: {plan.task.kind} {_asked(plan)}.',
+        f"Trained: {trained_words(plan.transfer)}{',' * plan.transfer.deep} on {_backbone(plan, site.limits)}.",
         *_columns(plan, site.data),
         *_releases(plan, site, width),
-        *_held_out(plan),
+        *_held_out(plan, site.data),
         f"Rounds: {plan.training.rounds}{' and a centring round' if plan.training.centre else ''}, each with at least "
         f"{plan.cohort.min_sites} {'sites' if plan.cohort.min_sites > 1 else 'site'}.",
         _protected(plan),
-        *_costs(price(plan, job, site.limits, entries)),
+        *_sharing(plan, site),
+        *_costs(price(plan, job, site.limits, entries, peers=len(site.peers))),
     ]
     return tuple(lines)
+
+
+def _asked(plan: RunPlan) -> str:
+    """What a model of the run answers."""
+    labels = ", ".join(map(_plain, plan.task.labels))
+    if plan.task.target is not None:
+        low, high = plan.task.target
+        return f"of {labels}, a number, cut to the range from {low:g} to {high:g}"
+    if plan.task.form in SAID:
+        return f"({SAID[plan.task.form].format(labels)})"
+    return f"into any of {labels}" if plan.task.form == "multilabel" else f"into {labels}"
 
 
 def _backbone(plan: RunPlan, limits: Limits) -> str:
@@ -113,6 +141,8 @@ def _columns(plan: RunPlan, data: Data) -> list[str]:
         read = f"text from {data.text or data.text_template}"
     elif data.modality == "image":
         read = f"images from {data.image}"
+    elif data.modality == "audio":
+        read = f"sounds from {data.audio}"
     else:
         read = f"numbers from {', '.join(data.features or ())}"
     patient = f", patient from {data.patient}" if data.patient else ""
@@ -121,8 +151,11 @@ def _columns(plan: RunPlan, data: Data) -> list[str]:
         f"Read at this site, from {data.shown_table}: {read}; label from {data.label}"
         f"{f' ({mapped})' if mapped else ''}{patient}."
     ]
-    if plan.task.kind != f"{data.modality}-classification":
-        lines.append(f"This cannot be done: the run needs {plan.task.kind}, and [data] names {data.modality} columns.")
+    if plan.task.kind != f"{data.modality}-{data.form}":
+        lines.append(
+            f"This cannot be done: the run needs {plan.task.kind}, and [data] names {data.modality} columns and "
+            f'form = "{data.form}".'
+        )
     elif data.features is not None and plan.task.width not in (None, len(data.features)):
         lines.append(
             f"This cannot be done: the run needs {plan.task.width} numeric columns, and [data] names "
@@ -139,11 +172,15 @@ def _releases(plan: RunPlan, site: SiteFile, width: int | None) -> list[str]:
     parts, numbers = [], 0
     for kind, what in _RELEASED.items():
         times = sum(one.kind is kind for one in releases)
+        if kind is ReleaseKind.GRADIENT and plan.transfer.deep:
+            times, deep = plan.transfer.head_rounds, times - plan.transfer.head_rounds
+            parts.append(f"{deep} × a sum of gradients ({GRADIENT}), a number for each that trains")
         if times:
-            size, exact = _size(kind, len(plan.task.labels), width)
+            size, exact = _size(kind, plan, width)
             numbers += times * exact
-            parts.append(f"{times} × {what} of {size} numbers")
-    sums = "" if width is None else f", {numbers:,} numbers in all"
+            shown = _JUDGED.get(plan.task.form, what) if kind is ReleaseKind.EVALUATION else what
+            parts.append(f"{times} × {shown} of {size} numbers")
+    sums = "" if width is None or plan.transfer.deep else f", {numbers:,} numbers in all"
     withheld = "No record, count, loss or error text"
     if plan.evaluation is not None:
         withheld = "No record, exact count, exact loss or error text"
@@ -156,10 +193,25 @@ def _releases(plan: RunPlan, site: SiteFile, width: int | None) -> list[str]:
     ]
 
 
-def _size(kind: ReleaseKind, classes: int, width: int | None) -> tuple[str, int]:
+_JUDGED: Mapping[str, str] = {
+    "multilabel": f"how often the model is right, by label, and its loss ({EVALUATION})",
+    "regression": f"how far the model is off, in all ({EVALUATION})",
+    "answers": f"how often the model is right and how many words are, in all ({EVALUATION})",
+    "generation": f"how many tokens the model foresees and its loss, in all ({EVALUATION})",
+    "detection": f"how many objects the model finds and how many it only sees, in all ({EVALUATION})",
+}
+"""An evaluation's words, where they are not those of classes."""
+
+
+def _size(kind: ReleaseKind, plan: RunPlan, width: int | None) -> tuple[str, int]:
     """How many numbers a release holds: in words, and, where the width is known, as a number."""
+    classes = len(plan.task.labels)
     if kind is ReleaseKind.EVALUATION:
-        return str(released_size(classes)), released_size(classes)
+        size = vector_size(plan.task.form, classes, len(plan.groups))
+        return str(size), size
+    if kind is ReleaseKind.STATISTICS:
+        words = f"features × (features + 1) / 2 + {classes} × (features + 1)"
+        return (words, 0) if width is None else (f"{moments_size(width, classes):,}", moments_size(width, classes))
     rows = 1 if kind is ReleaseKind.CENTRE else classes
     if width is None:
         return f"{rows} × (features + 1)", 0
@@ -170,16 +222,32 @@ _RELEASED: Mapping[ReleaseKind, str] = {
     ReleaseKind.CENTRE: f"the mean of the features with a count ({CENTRE})",
     ReleaseKind.GRADIENT: f"a sum of gradients ({WEIGHT})",
     ReleaseKind.DELTA: f"a change of weights ({WEIGHT})",
+    ReleaseKind.STATISTICS: f"sums of the features' products and of the features by class with counts ({STATISTICS})",
     ReleaseKind.EVALUATION: f"how often the model is right, by class, and its loss ({EVALUATION})",
 }
 
 
-def _held_out(plan: RunPlan) -> list[str]:
+def _held_out(plan: RunPlan, data: Data) -> list[str]:
     if plan.evaluation is None:
         return []
     return [
-        f"Held out at this site: {plan.evaluation.holdout:.0%} of the units never train; the model is judged on them."
+        f"Held out at this site: {plan.evaluation.holdout:.0%} of the units never train; the model is judged on them.",
+        *_counted_apart(plan.groups, data),
     ]
+
+
+def _counted_apart(groups: tuple[str, ...], data: Data) -> list[str]:
+    """Which groups an evaluation compares, and by what this site knows them."""
+    if not groups:
+        return []
+    foreign = sorted(set(data.groups.values()) - set(groups))
+    if data.group is None:
+        known = "[data] names no group column, so that your records are in none"
+    elif foreign:
+        known = f"by your column {data.group}; {', '.join(foreign)} in [data.groups] is none of them"
+    else:
+        known = f"by your column {data.group}"
+    return [f"Right and wrong answers are counted, with noise, for {', '.join(map(_plain, groups))}: {known}."]
 
 
 def _protected(plan: RunPlan) -> str:
@@ -191,6 +259,36 @@ def _protected(plan: RunPlan) -> str:
     return f"ε protects {whom}: whether one is in your table hardly changes what anyone outside can see."
 
 
+def _sharing(plan: RunPlan, site: SiteFile) -> list[str]:
+    """With whom the noise is shared."""
+    if plan.privacy.noise == "local":
+        return []
+    least, most = smallest_cohort(plan, site.limits), len(site.peers) + 1
+    if most < least:
+        return [
+            f"This cannot be done: the run shares noise among {least} sites or more, and [peers] in site.toml pins "
+            f"{most - 1}."
+        ]
+    return [
+        f"Noise: shared with sites that you pinned ({', '.join(map(_plain, site.peers))}); each adds a part, and masks "
+        "hide what single sites send. The ε below holds while few of them work with the coordinator: "
+        f"{_tolerated(plan, least)}{'' if most == least else f', {_tolerated(plan, most)}'}.",
+        *_no_spare(plan, site, least),
+    ]
+
+
+def _tolerated(plan: RunPlan, sites: int) -> str:
+    colluding = plan.cohort.colluding(sites)
+    return f"{f'at most {colluding}' if colluding else 'none'} if {sites} take part"
+
+
+def _no_spare(plan: RunPlan, site: SiteFile, least: int) -> list[str]:
+    """What a drop-out means."""
+    if len(site.peers) + 1 == least:
+        return [f"If one of the {least} drops out, the run ends: you take part in no smaller sum."]
+    return [f"If a site drops out, up to {plan.cohort.retries} rounds are drawn anew; that can raise ε to the plan's."]
+
+
 def _costs(cost: Price) -> list[str]:
     limits = cost.limits
     lines = [
@@ -198,6 +296,8 @@ def _costs(cost: Price) -> list[str]:
         f"Everything so far ε {cost.before:.4g}; after this run ε {cost.after:.4g} (your limit "
         f"{limits.epsilon_lifetime:g} for ever).",
     ]
+    if cost.alone is not None:
+        lines.append(f"If this site's masks were taken off, this run would cost ε {cost.alone:.4g} instead.")
     if not cost.affordable:
         lines.append("This passes a limit: the agent refuses it, whatever you decide here.")
     return lines
@@ -229,8 +329,10 @@ REFUSALS: Mapping[str, RefusalWords] = {
         "fewer rounds or a smaller target_epsilon",
     ),
     "policy": RefusalWords(
-        meaning="the plan's unit, δ, records per patient or licence is not what [limits] in site.toml says",
-        remedy="ask the coordinator for a plan that fits; the agent's log names the value",
+        meaning="the plan's unit, δ, records per patient, licence or sharing of noise is not what [limits] or [peers] "
+        "in site.toml says",
+        remedy="ask the coordinator for a plan that fits, or pin the sites to share noise with; the agent's log names "
+        "what",
     ),
     "plan-changed": RefusalWords(
         meaning="the job came with another plan than in its earlier rounds",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frozen pretrained model: texts or images in, a row of features each out; transformers' only room.
+"""The frozen pretrained model: texts, images or sounds in, a row of features each out; transformers' only room.
 
 Nothing but the pinned file's tensors and the JSON beside it is loaded and no code from there runs; a model
 that trains, moves its statistics or would start with random layers is refused.
@@ -9,30 +9,30 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from veil.common import lite0
+from veil.common import ge2e
+from veil.common.conversion import converted
 from veil.common.errors import RunError, TableError, WeightsError
-from veil.common.plan import Backbone, Task
-from veil.common.preprocessing import (
-    Features,
-    ImageReader,
-    Modality,
-    ModelInput,
-    Reader,
-    TextReader,
-    read_json,
-)
+from veil.common.plan import Backbone, Form, Modality, Task
+from veil.common.preprocessing import Features, ModelInput, Reader, read_json, reader_for
+from veil.common.text_reading import text_reader
+from veil.common.torchvision_mend import mend_torchvision
 from veil.common.weights import COMPANIONS, PinnedWeights, locate
+
+PoolingName = Literal["mean", "pooler"]
+
+_ROUNDING = 1e-6
+"""How far the same predictions may be apart, as part of the largest; decoders give them bit for bit."""
 
 _WINDOW = 64
 """Records that are in memory at once as model inputs."""
@@ -44,6 +44,7 @@ class FrozenBackbone:
     Attributes:
         width: features per record.
         modality: what `encode` takes.
+        pooling: what becomes the row: the mean of the last hidden states, or the model's own pooler.
         sha256: the pinned hash of the weights the plan names.
 
     Guarantees:
@@ -55,7 +56,7 @@ class FrozenBackbone:
         self,
         model: nn.Module,
         reader: Reader,
-        pooling: _Pooling,
+        pooling: Pooling,
         sha256: str,
         device: Literal["cpu", "cuda"],
     ) -> None:
@@ -64,6 +65,7 @@ class FrozenBackbone:
         self._buffers: ModelInput | None = {name: one.clone() for name, one in model.named_buffers()}
         self.width: int = pooling.width
         self.modality: Modality = reader.modality
+        self.pooling: PoolingName = pooling.name
         self.sha256: str = sha256
 
     def encode(
@@ -80,19 +82,19 @@ class FrozenBackbone:
         once.
 
         Args:
-            inputs: n texts, or n paths of image files.
+            inputs: n texts, or n paths of image or sound files.
             advance: called after every record with the number of records done since, 1.
-            unreadable: called with the place of an image that cannot be read, whose row is zero then.
+            unreadable: called with the place of a file that cannot be read, whose row is zero then.
 
         Returns:
             float32 [n, width], row i for input i.
 
         Raises:
-            TableError: an image cannot be read, and there is no `unreadable`.
+            TableError: a file cannot be read, and there is no `unreadable`.
             RunError: the model is in train mode, or a buffer changed.
         """
         features = np.zeros((len(inputs), self.width), dtype=np.float32)
-        with _one_thread_a_record() as pool:
+        with one_thread_a_record() as pool:
             for start in range(0, len(inputs), _WINDOW):
                 self._refuse_training()
                 window: Sequence[str | Path] = inputs[start : start + _WINDOW]
@@ -104,6 +106,10 @@ class FrozenBackbone:
         if len(inputs) > 0:
             self._refuse_drift()
         return features
+
+    def parts(self) -> tuple[nn.Module, Reader, Pooling]:
+        """Model, reader and pooling, for who tunes it and promises nothing of the above any more."""
+        return self._model, self._reader, self._pooling
 
     def _read(
         self, place: int, record: str | Path, unreadable: Callable[[int, TableError], None] | None
@@ -146,7 +152,7 @@ def load_backbone(
 
     Args:
         backbone: source and hash.
-        task: kind, and `max_length` (tokens) or `image_size` (pixels).
+        task: kind, and `max_length` (tokens), `image_size` (pixels) or `max_seconds`.
         base: folder that a relative `path:` source starts from.
         device: where features are computed; see `veil.common.lazy_backbone.chosen_device`.
 
@@ -155,33 +161,70 @@ def load_backbone(
             not fit the task.
     """
     pinned = locate(backbone, base=base)
-    files = lite0.converted(pinned) if pinned.weights_file.suffix == ".pth" else pinned
+    files = converted(pinned)
+    mend_torchvision()
     with _quiet(), _explained(files.folder):
         _refuse_code(files.folder)
-        reader: Reader = (
-            TextReader(files.folder, task.max_length)
-            if task.kind == "text-classification"
-            else ImageReader(files.folder, task.image_size)
-        )
-        model, lacking = _model(files)
-        pooling = _pooling(model, reader, lacking)
-    return FrozenBackbone(model, reader, pooling, backbone.sha256, device)
+        reads = text_reader(task, files.folder) or reader_for(task, files.folder)
+        model, lacking = _model(files, _OWN_HEADS.get(task.form, "AutoModel"))
+        if task.form == "generation":
+            _check_causal(model, reads.largest())
+            pooling = Pooling(width=0, name="mean", pool=_no_row)
+        elif task.form == "detection":
+            pooling = Pooling(width=_width_of_objects(model, reads.largest()), name="mean", pool=_no_row)
+        else:
+            pooling = _pooling(model, reads, lacking)
+    return FrozenBackbone(model, reads, pooling, backbone.sha256, device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Pooling:
+class Pooling:
     """How a model's output becomes one row per record, and how wide the row is."""
 
     width: int
+    name: PoolingName
     pool: Callable[[Any, ModelInput], Tensor]
 
 
-def _pooling(model: nn.Module, reader: Reader, lacking: set[str]) -> _Pooling:
+def _no_row(output: Any, batch: ModelInput) -> Tensor:
+    raise ValueError("a model with a head of its own has no one row per record")
+
+
+def _width_of_objects(model: nn.Module, batch: ModelInput) -> int:
+    """Features of each box that a detector proposes."""
+    with torch.inference_mode():
+        output = model(**batch)
+    hidden, boxes = output.last_hidden_state, output.pred_boxes
+    if hidden.ndim != 3 or hidden.shape[1] < boxes.shape[1] or not boxes.isfinite().all():
+        raise ValueError(f"boxes {list(boxes.shape)} that are not each of a feature {list(hidden.shape)}")
+    return int(hidden.shape[2])
+
+
+_OWN_HEADS: Final[Mapping[Form, str]] = {
+    "generation": "AutoModelForCausalLM",
+    "detection": "AutoModelForObjectDetection",
+}
+"""Forms of task for which the pretrained model brings its head, and transformers' class of such models."""
+
+
+def _check_causal(model: nn.Module, batch: ModelInput) -> None:
+    """What follows a token must not be seen by its prediction, or the loss would be of words that are given away."""
+    if not hasattr(model, "lm_head") and model.get_output_embeddings() is None:  # type: ignore[operator]  # transformers'
+        raise ValueError(f"{type(model).__name__} without a head over its vocabulary")
+    ids = batch["input_ids"].clone()
+    ids[0, -1] = 0 if int(ids[0, -1]) else 1
+    with torch.inference_mode():
+        before, after = (model(**{**batch, "input_ids": one}).logits[0, :-1] for one in (batch["input_ids"], ids))
+    if float((before - after).abs().max()) > _ROUNDING * float(before.abs().max()):
+        raise ValueError(f"{type(model).__name__} looks at the tokens that it is to predict; use a decoder")
+
+
+def _pooling(model: nn.Module, reader: Reader, lacking: set[str]) -> Pooling:
     """Choose by the output for the largest record, which also shows that the model takes such records."""
     batch = reader.largest()
     with torch.inference_mode():
         output = model(**batch)
-    if reader.modality == "text":
+    if reader.modality in ("text", "audio"):
         pool = _masked_mean
     elif getattr(output, "pooler_output", None) is not None and not lacking:
         pool = _pooler
@@ -190,12 +233,19 @@ def _pooling(model: nn.Module, reader: Reader, lacking: set[str]) -> _Pooling:
     row = pool(output, batch)
     if row.ndim != 2 or not row.isfinite().all():
         raise ValueError(f"features of shape {list(row.shape)} that are not one finite row per record")
-    return _Pooling(width=row.shape[1], pool=pool)
+    return Pooling(width=row.shape[1], name="pooler" if pool is _pooler else "mean", pool=pool)
 
 
 def _masked_mean(output: Any, batch: ModelInput) -> Tensor:
-    mask = batch["attention_mask"].unsqueeze(-1)
+    """Over the tokens or moments of [n, tokens, d] that are the record's own: all of them where there is no mask.
+
+    A speech encoder has one moment for several places of the mask, and takes the first.
+    """
     hidden: Tensor = output.last_hidden_state
+    if "attention_mask" not in batch:
+        return hidden.mean(1)
+    own = batch["attention_mask"]
+    mask = own[:, :: -(-own.shape[1] // hidden.shape[1])].unsqueeze(-1)
     return (hidden * mask).sum(1) / mask.sum(1)
 
 
@@ -210,19 +260,23 @@ def _mean(output: Any, batch: ModelInput) -> Tensor:
     return hidden.mean(1) if hidden.ndim == 3 else hidden.flatten(2).mean(2)
 
 
-def _model(files: PinnedWeights) -> tuple[nn.Module, set[str]]:
+def _model(files: PinnedWeights, family: str) -> tuple[nn.Module, set[str]]:
     """The frozen model, and the names of its pooler's tensors that the weights lack (they are random then).
 
     It is handed tensors instead of the folder: from a folder, transformers would also follow an adapter or
     another weights file that some JSON there names, and neither is pinned.
     """
+    import transformers
     from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig
 
-    auto: Any = AutoModel
+    if read_json(files.folder / "config.json").get("model_type") == ge2e.MODEL_TYPE:
+        return ge2e.loaded(load_file(files.weights_file)).eval().requires_grad_(False), set()
+    auto: Any = getattr(transformers, family)
     config = AutoConfig.from_pretrained(
         files.folder, local_files_only=True, trust_remote_code=False, attn_implementation="eager"
     )
+    config.use_cache = False  # of past tokens, which nobody asks for but who writes
     with torch.device("meta"):
         kind = type(auto.from_config(config, trust_remote_code=False))
     model, report = kind.from_pretrained(
@@ -236,7 +290,8 @@ def _model(files: PinnedWeights) -> tuple[nn.Module, set[str]]:
     lacking = set(report["missing_keys"])
     if random := {name for name in lacking if not name.startswith("pooler.")}:
         raise ValueError(f"{len(random)} tensors are missing from the weights, such as {min(random)}")
-    return model.eval().requires_grad_(False), lacking
+    reading = model.get_encoder() if config.is_encoder_decoder else model
+    return reading.eval().requires_grad_(False), lacking
 
 
 def _refuse_code(folder: Path) -> None:
@@ -260,8 +315,8 @@ def _explained(folder: Path) -> Iterator[None]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise WeightsError(
             f"{folder}: {reason}",
-            "a complete model that fits task.kind and takes its max_length or image_size",
-            "check the folder, and set max_length or image_size to what the model was made for",
+            "a complete model that fits task.kind and takes its max_length, image_size or max_seconds",
+            "check the folder, and set max_length, image_size or max_seconds to what the model was made for",
         ) from error
 
 
@@ -285,7 +340,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _one_thread_a_record() -> Iterator[ThreadPoolExecutor]:
+def one_thread_a_record() -> Iterator[ThreadPoolExecutor]:
     """As many records at once as there are cores, each computed by one thread: its bits do not follow their number.
 
     Several threads for one record would spend their time waiting for each other, more so beside other processes.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How good a model is, as one release: what is counted on held-out units, and what the noisy sums say, with error bars.
 
-Promises that one unit's vector is no longer than `EVALUATION_NORM`, that an interval counts the privacy noise and the
+Promises that one unit's vector is no longer than `evaluation_norm`, that an interval counts the privacy noise and the
 chance of which units were held out, from public numbers alone, and that a figure the noise outweighs is None.
 """
 
@@ -26,19 +26,28 @@ noise that their counts alone would give it, and a class' recall about as much."
 LOSS_WEIGHT = 0.5
 """Weight of the scaled loss."""
 
+GROUP_WEIGHT = 1.0
+"""Weight of the counts by group, where a plan names groups: as loud as a class' own."""
+
 EVALUATION_NORM = math.sqrt(1 + TOTAL_WEIGHT**2 + LOSS_WEIGHT**2)
-"""L2 bound of one unit's vector."""
+"""L2 bound of one unit's vector without groups."""
 
 CONFIDENCE = 0.95
 """Of each interval by itself."""
 
 _QUANTILE = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-_DROWNED = "the noise outweighs what was counted"
+DROWNED = "the noise outweighs what was counted"
 
 
-def released_size(classes: int) -> int:
+def released_size(classes: int, groups: int = 0) -> int:
     """How many numbers an evaluation releases."""
-    return 2 * classes + 3
+    return 2 * classes + 3 + 2 * groups
+
+
+def evaluation_norm(groups: int = 0) -> float:
+    """L2 bound of one unit's vector: its outcome, and beside it, where there are groups, one more entry of
+    `GROUP_WEIGHT` at most. The mean of such vectors, of a unit with several records, is no longer."""
+    return math.sqrt(EVALUATION_NORM**2 + GROUP_WEIGHT**2) if groups else EVALUATION_NORM
 
 
 def loss_cap(classes: int) -> float:
@@ -145,7 +154,7 @@ def quality(sums: NDArray[np.float64], deviation: float, labels: Sequence[str]) 
         labels: the classes.
     """
     classes, released = len(labels), design(len(labels))
-    sought = _Estimate(
+    sought = NoisyCounts(
         counted=np.linalg.pinv(released) @ sums,
         covariance=np.asarray(deviation**2 * np.linalg.inv(released.T @ released), dtype=np.float64),
     )
@@ -154,7 +163,7 @@ def quality(sums: NDArray[np.float64], deviation: float, labels: Sequence[str]) 
     return Quality(
         count=sought.number(everyone),
         accuracy=sought.share(right.sum(axis=0), everyone),
-        loss=_times(sought.share(loss, everyone), loss_cap(classes)),
+        loss=times(sought.share(loss, everyone), loss_cap(classes)),
         classes={
             label: ClassQuality(
                 count=sought.number(right[index] + wrong[index]),
@@ -167,7 +176,7 @@ def quality(sums: NDArray[np.float64], deviation: float, labels: Sequence[str]) 
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Estimate:
+class NoisyCounts:
     """Least squares of what was counted, [m], and the covariance of its noise, [m, m]."""
 
     counted: NDArray[np.float64]
@@ -180,29 +189,36 @@ class _Estimate:
         low, middle, high = (max(0.0, end) for end in ends)
         return Figure(value=middle, standard_error=error, low=low, high=high)
 
-    def share(self, part: NDArray[np.float64], whole: NDArray[np.float64]) -> Figure:
+    def share(self, part: NDArray[np.float64], whole: NDArray[np.float64], quantile: float = _QUANTILE) -> Figure:
         """The chance r of which part/whole is a sample: all r in [0, 1] that neither noise nor sampling rules out.
 
         (part - r·whole)² ≤ 1.96² (noise variance of part - r·whole + whole·r(1 - r)), a quadratic in r. It is Fieller's
         interval (1954) where sampling is nothing, and Wilson's (1927) where noise is nothing.
+
+        Args:
+            part: what is counted of the sample, as weights of `counted`, [m].
+            whole: the sample, likewise.
+            quantile: of the standard normal law; 1.96 for `CONFIDENCE`.
         """
         above, below = float(part @ self.counted), float(whole @ self.counted)
-        square, trials = _QUANTILE**2, max(0.0, below)
+        square, trials = quantile**2, max(0.0, below)
         second = below**2 + square * (trials - float(whole @ self.covariance @ whole))
         first = -2 * above * below + square * (2 * float(part @ self.covariance @ whole) - trials)
         last = above**2 - square * float(part @ self.covariance @ part)
         inside = first**2 - 4 * second * last
         if below <= 0 or second <= 0 or inside < 0:
-            return Figure(reason=_DROWNED)
+            return Figure(reason=DROWNED)
         ends = [(-first + sign * math.sqrt(inside)) / (2 * second) for sign in (-1, 1)]
         low, high = max(0.0, ends[0]), min(1.0, ends[1])
         if low >= high or (low, high) == (0.0, 1.0):
-            return Figure(reason=_DROWNED)
-        error = (ends[1] - ends[0]) / (2 * _QUANTILE)
-        return Figure(value=min(1.0, max(0.0, above / below)), standard_error=error, low=low, high=high)
+            return Figure(reason=DROWNED)
+        error = (ends[1] - ends[0]) / (2 * quantile)
+        value = min(1.0, max(0.0, above / below))
+        return Figure(value=value, standard_error=error, low=min(low, value), high=max(high, value))
 
 
-def _times(figure: Figure, factor: float) -> Figure:
+def times(figure: Figure, factor: float) -> Figure:
+    """The figure in another unit."""
     if figure.value is None or figure.standard_error is None or figure.low is None or figure.high is None:
         return figure
     return Figure(

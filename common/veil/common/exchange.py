@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from veil.common.errors import RefusalCode
+from veil.common.masking import Member, session_of
 from veil.common.plan import RunPlan
 from veil.common.schedule import ReleaseKind
 from veil.common.statement import SignedStatement
-from veil.common.update import Adapter, Update
+from veil.common.update import Adapter, MaskedUpdate, Update
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +31,8 @@ class RoundRequest:
         nominal_units: public number of units per site, for the divisor of local steps (dp-fedavg).
         witness: hash of the site's last ledger line that this coordinator saw, "" when it saw none; a ledger that does
             not hold it is an old copy.
+        members: the cohort of a masked sum, by name; empty where every site adds the full noise.
+        attempt: how often this release was asked of another cohort before.
     """
 
     plan: RunPlan
@@ -39,17 +42,32 @@ class RoundRequest:
     adapter: Adapter
     nominal_units: float
     witness: str = ""
+    members: tuple[Member, ...] = ()
+    attempt: int = 0
+
+    @property
+    def session(self) -> bytes:
+        """What this request's masks are derived for, 32 bytes."""
+        return session_of(
+            job=self.job,
+            plan=self.plan.sha256,
+            round_=self.round,
+            kind=self.kind.value,
+            attempt=self.attempt,
+            members=self.members,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundReply:
-    """What leaves a site: an update or a refusal, never both.
+    """What leaves a site: an update, a masked one, or a refusal; exactly one of them.
 
     Attributes:
         site: the site's name, as its operator chose it.
         job: the request's job.
         round: the request's round.
         update: the noised release.
+        masked: the noised release behind its masks, where the request names a cohort.
         refusal: why there is none.
         head: hash of the site's last ledger line, for the next request's witness; an opaque number to anyone else.
         units: number of units, only from a site whose policy declares it public (`limits.release_counts`).
@@ -59,13 +77,14 @@ class RoundReply:
     job: str
     round: int
     update: Update | None = None
+    masked: MaskedUpdate | None = None
     refusal: RefusalCode | None = None
     head: str = ""
     units: int | None = None
 
     def __post_init__(self) -> None:
-        if (self.update is None) == (self.refusal is None):
-            raise ValueError("a reply holds an update or a refusal; expected exactly one of them")
+        if sum(one is not None for one in (self.update, self.masked, self.refusal)) != 1:
+            raise ValueError("a reply holds an update, a masked one or a refusal; expected exactly one of them")
 
 
 class Willingness(StrEnum):
@@ -84,10 +103,12 @@ class Offer:
     Attributes:
         plan: the whole public plan.
         job: identity of the run.
+        members: with whom noise would be shared, where that is asked; empty otherwise.
     """
 
     plan: RunPlan
     job: str
+    members: tuple[Member, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,3 +147,22 @@ class StatementReply:
     def __post_init__(self) -> None:
         if (self.signed is None) == (self.refusal is None):
             raise ValueError("a reply holds a statement or a refusal; expected exactly one of them")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeyReply:
+    """A site's part in masked sums: its public masking key, signed; nothing else and nothing secret.
+
+    Attributes:
+        job: the run.
+        member: the key.
+        refusal: why there is none.
+    """
+
+    job: str
+    member: Member | None = None
+    refusal: RefusalCode | None = None
+
+    def __post_init__(self) -> None:
+        if (self.member is None) == (self.refusal is None):
+            raise ValueError("a reply holds a key or a refusal; expected exactly one of them")

@@ -9,11 +9,15 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from veil.common.plan import RunPlan
+from veil.common.objective import OBJECTIVES
+from veil.common.plan import Form, RunPlan
 from veil.common.update import Adapter
 
 WEIGHT = "head.weight"
 CENTRE = "centre"
+HEAD_FILE = "head/head.safetensors"
+"""Where the adapter is in a tuned model's folder."""
+
 INTERCEPT = 0.25
 """Constant feature appended after centring; appended before, centring would remove it."""
 
@@ -58,15 +62,19 @@ def head_inputs(features: NDArray[np.floating], centre: NDArray[np.floating]) ->
     return inputs
 
 
+def scores(weight: NDArray[np.floating], inputs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The head's logits, [n, c], in an array of their own."""
+    found: NDArray[np.float64] = inputs @ weight.astype(np.float64, copy=False).T
+    return found
+
+
 def probabilities(weight: NDArray[np.floating], inputs: NDArray[np.float64]) -> NDArray[np.float64]:
     """Softmax of the head's logits, [n, classes]."""
-    shares: NDArray[np.float64] = inputs @ weight.astype(np.float64, copy=False).T
-    shares -= shares.max(axis=1, keepdims=True)
-    np.exp(shares, out=shares)
-    shares /= shares.sum(axis=1, keepdims=True)
-    return shares
+    return OBJECTIVES["classification"].answers(scores(weight, inputs))
 
 
-def predict(adapter: Adapter, features: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Class probabilities from pooled features, [n, classes]."""
-    return probabilities(adapter.tensors[WEIGHT], head_inputs(features, adapter.tensors[CENTRE]))
+def predict(adapter: Adapter, features: NDArray[np.floating], form: Form = "classification") -> NDArray[np.float64]:
+    """Answers from pooled features, each from 0 to 1, [n, c]: class probabilities; of several labels, each one's own
+    probability; of a number, where it lies in its public range."""
+    inputs = head_inputs(features, adapter.tensors[CENTRE])
+    return OBJECTIVES[form].answers(scores(adapter.tensors[WEIGHT], inputs))

@@ -13,7 +13,7 @@ from enum import StrEnum
 
 from flwr.app import RecordDict
 
-from veil.common.wire import ARRAYS, CHUNK, CONFIG, MANIFEST, METRICS, OFFER, STATEMENT, WireError
+from veil.common.wire import ARRAYS, CHUNK, CONFIG, KEYS, MANIFEST, MASKED, METRICS, OFFER, STATEMENT, WireError
 
 TRAIN = "train"
 """The action of a round's message."""
@@ -70,14 +70,21 @@ FIELDS: tuple[Field, ...] = (
         "arrays",
         "RoundReply.update",
         Mark.NOISED,
-        "lattice points (int8, int16 or int32) of a noised sum (`centre`, `head.weight` or `evaluation`), shape and "
-        "width fixed by the plan; its mechanism is in the ledger",
+        "lattice points (int8, int16 or int32) of a noised sum (`centre`, `head.weight`, `gradient` below the "
+        "head, `statistics` or `evaluation`), shape and width fixed by the plan; its mechanism is in the ledger",
     ),
     _round(
         "spacing",
         "RoundReply.update",
         Mark.NOISED,
         "distance of lattice points: the plan's, doubled as often as the noised numbers need to fit",
+    ),
+    _round(
+        "masked",
+        "RoundReply.masked",
+        Mark.NOISED,
+        "instead of `arrays`, with distributed noise: the same numbers with the site's share of the noise, behind "
+        "masks that cancel only in the sum over the cohort (three uint16 a number)",
     ),
     _round("site", "RoundReply.site", Mark.DECLARED, "the site's name, chosen by its operator"),
     _round("job", "RoundReply.job", Mark.RECORD_FREE, "copied from the request"),
@@ -91,6 +98,12 @@ FIELDS: tuple[Field, ...] = (
     _free(OFFER, "refusal", "OfferReply.refusal", "one word of RefusalCode"),
     *_delivery(MANIFEST),
     *_delivery(CHUNK),
+    _free(KEYS, "job", "KeyReply.job", "copied from the question"),
+    _free(KEYS, "members", "KeyReply.member", "the site's name"),
+    _free(KEYS, "masking-keys", "KeyReply.member", "the site's public masking key"),
+    _free(KEYS, "signatures", "KeyReply.member", "the site's, of name and masking key"),
+    _free(KEYS, "public-keys", "KeyReply.member", "the site's public key"),
+    _free(KEYS, "refusal", "KeyReply.refusal", "one word of RefusalCode"),
     _free(STATEMENT, "job", "StatementReply.job", "copied from the question"),
     _free(STATEMENT, "statement", "StatementReply.signed", "mechanisms, limits, versions and hashes, with their ε"),
     _free(STATEMENT, "signature", "StatementReply.signed", "the site's, of the statement"),
@@ -153,7 +166,7 @@ WITHHELD: tuple[str, ...] = (
     "losses, accuracies and label counts, but for those in a noised evaluation",
     "sizes of samples and which units were drawn",
     "error texts and log lines",
-    "features, their mean and scale, but for the noised centre",
+    "features, their mean and scale, but for the noised centre or statistics",
     "gradients before clipping and noise",
     "buffers and every tensor that is not trained",
     "which records of a patient take part, which units are held out, and the key that decides it",
@@ -184,17 +197,18 @@ def check_outgoing(content: RecordDict, action: str, *, counts: bool) -> None:
             raise WireError(f"a reply to {action} with {name}, which no inventory lists")
         if name == "units" and not counts:
             raise WireError("a reply with the number of units, which limits.release_counts withholds")
-    for record in content.array_records.values():
-        for name, array in record.items():
-            if array.dtype not in ("int8", "int16", "int32"):
-                raise WireError(f"tensor {name} of {array.dtype}; expected lattice points of int8, int16 or int32")
+    for record, arrays in content.array_records.items():
+        widths = ("uint16",) if record == MASKED else ("int8", "int16", "int32")
+        for name, array in arrays.items():
+            if array.dtype not in widths:
+                raise WireError(f"tensor {name} of {array.dtype} in {record}; expected {' or '.join(widths)}")
     if any(value != 1 for record in content.metric_records.values() for value in record.values()):
         raise WireError("a weight other than the constant 1")
 
 
 def _names(content: RecordDict) -> Iterator[str]:
     for record in content:
-        if record not in (ARRAYS, CONFIG, METRICS):
+        if record not in (ARRAYS, CONFIG, METRICS):  # MASKED among them: it is listed under its own name
             yield record
     if ARRAYS in content.array_records:
         yield "arrays"

@@ -21,14 +21,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veil.common.errors import InputError, RunError, TableError, WeightsError
+from veil.common.pickled import kind_of
 from veil.common.plan import Backbone, Device, Task
 from veil.common.weights import COMPANIONS, WEIGHTS_NAME, PinnedWeights, locate, sha256_of
 
 if TYPE_CHECKING:
-    from veil.common.backbone import FrozenBackbone
+    from veil.common.backbone import FrozenBackbone, PoolingName
 
-_LIBRARIES: Final = ("numpy", "pillow", "tokenizers", "torch", "transformers")
-_OUR_CODE: Final = ("veil.common.backbone", "veil.common.lite0", "veil.common.preprocessing")
+_LIBRARIES: Final = ("numpy", "pillow", "scipy", "tokenizers", "torch", "transformers")
+_EXTRAS: Final = ("timm",)
+"""Taken into account where they are installed."""
+
+_OUR_CODE: Final = (
+    "veil.common.backbone",
+    "veil.common.conversion",
+    "veil.common.ge2e",
+    "veil.common.lite0",
+    "veil.common.preprocessing",
+    "veil.common.smollm2",
+    "veil.common.sound",
+)
 """What turns records into features; another version of any of it may turn them into others."""
 
 
@@ -49,6 +61,11 @@ class LazyBackbone:
         self.preprocessing: str = preprocessing
 
     @property
+    def pinned(self) -> Backbone:
+        """Where it is on this machine, with its hashes."""
+        return self._pinned
+
+    @property
     def width(self) -> int:
         """Features per record; loads the model.
 
@@ -56,6 +73,15 @@ class LazyBackbone:
             WeightsError: as `load_backbone`.
         """
         return self._model().width
+
+    @property
+    def pooling(self) -> PoolingName:
+        """How the model's output becomes a row, as `FrozenBackbone.pooling`; loads the model.
+
+        Raises:
+            WeightsError: as `load_backbone`.
+        """
+        return self._model().pooling
 
     def encode(
         self,
@@ -68,13 +94,13 @@ class LazyBackbone:
 
         Raises:
             WeightsError: as `load_backbone`.
-            TableError: an image cannot be read, and there is no `unreadable`.
+            TableError: an image or a sound cannot be read, and there is no `unreadable`.
             RunError: the model is in train mode, or a buffer changed.
         """
         return self._model().encode(inputs, advance=advance, unreadable=unreadable)
 
     def save(self, folder: Path) -> None:
-        """Write the model to `folder` as transformers reads it, without loading it.
+        """Write the model to `folder` as safetensors with its configuration, without loading it.
 
         Raises:
             WeightsError: the files are gone or no longer the pinned ones.
@@ -96,6 +122,16 @@ class LazyBackbone:
                 "obtain the pinned file again",
             )
 
+    def another(self) -> FrozenBackbone:
+        """The model, loaded once more and on the CPU, for who changes it.
+
+        Raises:
+            WeightsError: as `load_backbone`.
+        """
+        from veil.common.backbone import load_backbone
+
+        return load_backbone(self._pinned, self._task, base=Path(), device="cpu")
+
     def _model(self) -> FrozenBackbone:
         from veil.common.backbone import load_backbone
 
@@ -110,7 +146,7 @@ def find_backbone(backbone: Backbone, task: Task, *, base: Path, device: Device 
 
     Args:
         backbone: source and hashes.
-        task: kind, and `max_length` (tokens) or `image_size` (pixels).
+        task: kind, and `max_length` (tokens), `image_size` (pixels) or `max_seconds`.
         base: folder that a relative `path:` source starts from.
         device: where features are computed.
 
@@ -129,10 +165,10 @@ def find_backbone(backbone: Backbone, task: Task, *, base: Path, device: Device 
 
 
 def _readable(pinned: PinnedWeights) -> PinnedWeights:
-    """The files as transformers reads them: the pinned ones, or what lite0.py makes of them."""
-    if pinned.weights_file.suffix != ".pth":
+    """The files as they are loaded: the pinned ones, or what conversion.py makes of them."""
+    if kind_of(pinned.weights_file) is None:  # conversion brings torch, which other backbones do not need here
         return pinned
-    from veil.common.lite0 import converted
+    from veil.common.conversion import converted
 
     return converted(pinned)
 
@@ -166,12 +202,13 @@ def _has_gpu() -> bool:
 
 def _preprocessing(task: Task, files_sha256: str, device: str) -> str:
     told: dict[str, Any] = {
-        "kind": task.kind,
-        "max_length": task.max_length if task.kind == "text-classification" else None,
-        "image_size": task.image_size if task.kind == "image-classification" else None,
+        "modality": task.modality,
+        "max_length": task.max_length if task.modality == "text" else None,
+        "image_size": task.image_size if task.modality == "image" else None,
+        "max_seconds": task.max_seconds if task.modality == "audio" else None,
         "files": files_sha256,
         "device": device,
-        "libraries": {name: version(name) for name in _LIBRARIES},
+        "libraries": {name: version(name) for name in (*_LIBRARIES, *filter(find_spec, _EXTRAS))},
         "code": {name: _source_digest(name) for name in _OUR_CODE},
     }
     return json.dumps(told, sort_keys=True, separators=(",", ":"))

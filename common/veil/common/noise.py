@@ -30,6 +30,9 @@ _AHEAD = 1 << 17
 _AT_ONCE, _SPARE = 1 << 13, 8
 """Pairs drawn in one piece, which stays in a core's cache; pairs more than are expected to be needed."""
 
+_BLOCK = 1 << 16
+"""Numbers that are made private in one piece: what lies between a sum and its lattice points stays small."""
+
 
 class NoiseSource(Protocol):
     """Where a site's randomness comes from.
@@ -77,6 +80,27 @@ class OSNoise:
     def gaussian(self, count: int) -> NDArray[np.float64]:
         """Standard normal numbers by the polar method, tails to 13.2 σ, [count]."""
         return polar_gaussian(_stream(), count)
+
+
+class SharedNoise:
+    """A site's share of noise that several sites add together.
+
+    Args:
+        noise: where the numbers come from.
+        share: what the share's deviation is of the whole.
+    """
+
+    def __init__(self, noise: NoiseSource, share: float) -> None:
+        self.name, self.private = noise.name, noise.private
+        self._noise, self._share = noise, share
+
+    def uniform(self, count: int) -> NDArray[np.float64]:
+        """As they come."""
+        return self._noise.uniform(count)
+
+    def gaussian(self, count: int) -> NDArray[np.float64]:
+        """Normal numbers whose standard deviation is the share, [count]."""
+        return self._noise.gaussian(count) * self._share
 
 
 class DrawnAhead:
@@ -198,11 +222,15 @@ def privatize(
     Raises:
         ValueError: for a sum or noise too large for exact integers.
     """
-    points = np.multiply(clipped_sum, 1.0 / spacing(max_grad_norm))
-    np.rint(points, out=points)
-    furthest = max(points.max(initial=0.0), -points.min(initial=0.0))
+    scale, deviation = 1.0 / spacing(max_grad_norm), noise_multiplier * 2.0**LATTICE_BITS
+    furthest = np.rint(max(clipped_sum.max(initial=0.0), -clipped_sum.min(initial=0.0)) * scale)
     if not furthest < _LARGEST or noise_multiplier > MAX_NOISE_MULTIPLIER:
         raise ValueError(f"a sum beyond 2^52 lattice points, or σ = {noise_multiplier:g}; noise would not fit")
-    draws = noise.gaussian(points.size).reshape(points.shape) * (noise_multiplier * 2.0**LATTICE_BITS)
-    points += np.rint(draws, out=draws)
-    return points.astype(np.int64)
+    values, points = clipped_sum.reshape(-1), np.empty(clipped_sum.size, np.int64)
+    for start in range(0, points.size, _BLOCK):
+        block = values[start : start + _BLOCK] * scale
+        np.rint(block, out=block)
+        draws = noise.gaussian(block.size) * deviation
+        block += np.rint(draws, out=draws)
+        points[start : start + _BLOCK] = block
+    return points.reshape(clipped_sum.shape)

@@ -8,21 +8,46 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from veil.common.errors import PlanError
 from veil.common.privacy import PrivacyBudget, PrivacyUnit
 
-Algorithm = Literal["dp-fedsgd", "dp-fedavg"]
-Baseline = Literal["local_only", "centralized_dp", "non_private"]
+Algorithm = Literal["dp-fedsgd", "dp-fedavg", "one-shot"]
+Baseline = Literal["local_only", "centralized_dp", "non_private", "head_only"]
 CachePrecision = Literal["float32", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+Form = Literal["classification", "multilabel", "regression", "tokens", "answers", "generation", "detection"]
+Modality = Literal["text", "image", "audio", "tabular"]
+Kind = Literal[
+    "text-classification",
+    "image-classification",
+    "audio-classification",
+    "tabular-classification",
+    "text-multilabel",
+    "image-multilabel",
+    "audio-multilabel",
+    "tabular-multilabel",
+    "text-regression",
+    "image-regression",
+    "audio-regression",
+    "tabular-regression",
+    "text-tokens",
+    "text-answers",
+    "text-generation",
+    "image-detection",
+]
+STRUCTURED: frozenset[Form] = frozenset({"tokens", "answers", "generation", "detection"})
+"""Forms whose answer is more than a row of numbers; they are learnt by a model that is tuned below its head."""
+
+TransferMode = Literal["head", "last-layers", "full", "gradual", "bias", "adapter", "lora", "prompt"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,79}$")]
 
 
@@ -46,19 +71,37 @@ class Backbone(Section):
         description="SHA-256 over names and digests of the configuration and tokenizer files; other files are refused",
     )
     licence: str = Field(default="", description="SPDX name of the weights' licence, carried into the report")
+    trained_on: str = Field(
+        default="", max_length=2000, description="what the weights were pretrained on, in words or as a URL"
+    )
+    citation: str = Field(default="", max_length=2000, description="how the weights' makers ask to be cited")
 
 
 class Task(Section):
     """What the tuned model is to answer."""
 
-    kind: Literal["text-classification", "image-classification", "tabular-classification"] = Field(
-        description="text-classification, image-classification or tabular-classification"
+    kind: Kind = Field(
+        description="MODALITY-FORM: text, image, audio or tabular; classification (one of the labels), multilabel (any "
+        "of them, each for itself) or regression (a number). text-tokens: a label for each word; text-answers: where "
+        "in the text a question's answer stands; text-generation: how a text goes on; image-detection: labelled boxes"
     )
     labels: tuple[str, ...] = Field(
-        min_length=2, description="the classes, a public list; their order is the output layer's"
+        default=(),
+        description="the classes, a public list; their order is the output layer's; regression: the number's name; "
+        "answers and generation: none",
+    )
+    target: tuple[float, float] | None = Field(
+        default=None, description="regression: public [low, high] of the number; what lies outside is cut to it"
     )
     max_length: int = Field(default=128, ge=4, le=8192, description="text: tokens kept of each record")
+    answer_length: int = Field(
+        default=32,
+        ge=1,
+        le=4096,
+        description="generation: tokens kept of a continuation, out of max_length, and written at most",
+    )
     image_size: int = Field(default=224, ge=32, le=1024, description="image: side of the square in pixels")
+    max_seconds: float = Field(default=10.0, ge=0.1, le=120, description="audio: seconds kept of each record")
     width: int | None = Field(
         default=None, ge=1, le=1_000_000, description="features, deployed: how many numeric columns every site has"
     )
@@ -67,29 +110,128 @@ class Task(Section):
         description="features: public [low, high] of a column, clamped and mapped to [-1, 1]",
     )
 
+    @property
+    def modality(self) -> Modality:
+        """What a record is."""
+        return cast(Modality, self.kind.partition("-")[0])
+
+    @property
+    def form(self) -> Form:
+        """What is asked about a record."""
+        return cast(Form, self.kind.partition("-")[2])
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if len(set(self.labels)) != len(self.labels):
             raise ValueError(f"labels = {list(self.labels)} repeats a class; name every class once")
+        if self.form == "classification" and len(self.labels) < 2:
+            raise ValueError(f'labels = {list(self.labels)} with kind = "{self.kind}"; name at least two classes')
+        if self.form == "regression":
+            self._check_number()
+        elif self.target is not None:
+            raise ValueError(f'target = {list(self.target)} with kind = "{self.kind}"; it is for regression')
+        self._check_structure()
         for column, (low, high) in self.bounds.items():
             if not low < high:
                 raise ValueError(f"bounds.{column} = [{low}, {high}]; low must be below high")
         return self
 
+    def _check_structure(self) -> None:
+        wordless = self.form in ("answers", "generation")
+        if wordless and self.labels:
+            raise ValueError(f'labels = {list(self.labels)} with kind = "{self.kind}", which has none; leave them out')
+        if not wordless and not self.labels:
+            raise ValueError(f'kind = "{self.kind}" without labels; name them')
+        if self.form == "tokens" and len(self.labels) < 2:
+            raise ValueError(f'labels = {list(self.labels)} with kind = "{self.kind}"; name at least two')
+        if self.form == "generation" and self.answer_length >= self.max_length:
+            raise ValueError(
+                f"answer_length = {self.answer_length} of max_length = {self.max_length}; leave room for the text"
+            )
+
+    def _check_number(self) -> None:
+        if len(self.labels) != 1:
+            raise ValueError(f'labels = {list(self.labels)} with kind = "{self.kind}"; name the one number')
+        if self.target is None:
+            raise ValueError(f'kind = "{self.kind}" without target; name the public [low, high] of the number')
+        if not self.target[0] < self.target[1]:
+            raise ValueError(f"target = {list(self.target)}; low must be below high")
+
 
 class Transfer(Section):
     """Which part of the model is tuned."""
 
-    mode: Literal["head"] = Field(
-        default="head", description="head: a new output layer on the frozen features (the one mode so far)"
+    mode: TransferMode = Field(
+        default="head",
+        description="head: a new output layer on the frozen features; last-layers: also the top blocks; full: all "
+        "weights; gradual: block by block from the top; bias: all biases (BitFit); adapter: small modules behind the "
+        "blocks; lora: low-rank changes of attention; prompt: tokens before the record's own",
     )
+    layers: int | None = Field(
+        default=None,
+        ge=1,
+        le=1000,
+        description="how many blocks from the top take part: last-layers (1 without it), gradual (2), bias, adapter "
+        "and lora (all)",
+    )
+    rank: int = Field(default=8, ge=1, le=1024, description="lora: rank of each change")
+    alpha: float = Field(default=16.0, gt=0, le=1e4, description="lora: each change counts alpha/rank times")
+    bottleneck: int = Field(default=16, ge=1, le=4096, description="adapter: width of the small modules")
+    prompt_length: int = Field(default=10, ge=1, le=1000, description="prompt: number of tokens")
+    pretrained_rate: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="rate of what is tuned below the head, as part of the head's; without it, the rule of "
+        "ARCHITECTURE.md",
+    )
+    layer_decay: float = Field(
+        default=1.0, gt=0, le=1, description="by which the rate falls from each block to the one below it"
+    )
+    head_rounds: int = Field(
+        default=0,
+        ge=0,
+        le=10_000,
+        description="rounds of the run, the first ones, in which the head alone trains, on pretrained features of all "
+        "units, for a quarter of the run's μ²",
+    )
+
+    @property
+    def deep(self) -> bool:
+        """Whether anything below the head is tuned."""
+        return self.mode != "head"
+
+    @property
+    def top(self) -> int | None:
+        """How many blocks from the top take part; None for all."""
+        return self.layers or {"last-layers": 1, "gradual": 2}.get(self.mode)
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        """A key that the mode does not read is a mistake somebody made."""
+        readers = {
+            "layers": ("last-layers", "gradual", "bias", "adapter", "lora"),
+            "rank": ("lora",),
+            "alpha": ("lora",),
+            "bottleneck": ("adapter",),
+            "prompt_length": ("prompt",),
+            "head_rounds": ("last-layers", "full", "bias", "adapter", "lora", "prompt"),
+        }
+        deep = get_args(TransferMode)[1:]
+        for key, field in type(self).model_fields.items():
+            modes, value = readers.get(key, deep), getattr(self, key)
+            if key != "mode" and value != field.default and self.mode not in modes:
+                raise ValueError(f'{key} = {value} with mode = "{self.mode}"; it is read by {", ".join(modes)}')
+        return self
 
 
 class Training(Section):
     """How the trainable part is tuned."""
 
     algorithm: Algorithm = Field(
-        default="dp-fedsgd", description="dp-fedsgd (full-batch clipped sums) or dp-fedavg (local epochs)"
+        default="dp-fedsgd",
+        description="dp-fedsgd (full-batch clipped sums), dp-fedavg (local epochs) or one-shot (one message: sums from "
+        "which the coordinator solves a ridge regression)",
     )
     rounds: int = Field(default=30, ge=1, le=10_000, description="training rounds, the centring round not counted")
     learning_rate: float | None = Field(
@@ -99,9 +241,66 @@ class Training(Section):
         default=True, description="one DP-mean round first, so that features are centred before the head"
     )
     local_epochs: int = Field(default=1, ge=1, le=1000, description="dp-fedavg: passes over the records a round")
-    sample_rate: float = Field(
-        default=0.1, gt=0, le=1, description="dp-fedavg: chance of each unit to be in a local step"
+    sample_rate: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="chance of each unit to be in a step: of dp-fedavg 0.1 without it, of dp-fedsgd 1, all units",
     )
+
+    @property
+    def sampling(self) -> float:
+        """Chance of each unit to be in a step."""
+        return self.sample_rate or (0.1 if self.algorithm == "dp-fedavg" else 1.0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_message(cls, section: Any) -> Any:
+        """One-shot is one round, and centres what it was sent."""
+        if isinstance(section, dict) and section.get("algorithm") == "one-shot":
+            return {"rounds": 1, "centre": False, **section}
+        return section
+
+    @model_validator(mode="after")
+    def _nothing_but_it(self) -> Self:
+        if self.algorithm != "one-shot":
+            return self
+        for name, value, only in (
+            ("rounds", self.rounds, 1),
+            ("centre", self.centre, False),
+            ("learning_rate", self.learning_rate, None),
+            ("sample_rate", self.sample_rate, None),
+        ):
+            if value != only:
+                raise ValueError(
+                    f'{name} = {json.dumps(value)} with algorithm = "one-shot", which is one message and no descent; '
+                    "leave it out"
+                )
+        return self
+
+
+FIRST_GRADIENT_SHARE = 0.5
+"""Bound of dp-fedsgd where the plan names none, in lengths of the zero head's gradient (benchmarks/RULE.md)."""
+
+
+def clipping_bound(classes: int, form: Form = "classification") -> float:
+    """L2 bound of one unit's gradient of a head with so many classes.
+
+    The zero head's gradient of a record is (answer - truth) xᵀ, with x of length 1. One class of c: √(1 - 1/c) long,
+    whatever the record. Each of c labels for itself: √c / 2, as each answer is 1/2. A number between 0 and 1: at most
+    1/2, and 1/4 on average of numbers that are spread evenly. Words of a text: no longer than one of them. An answer:
+    half the cross-entropies of its start and its end, √2 / 2 at most. What has no new head, or more than one: 1.
+    """
+    first: Mapping[Form, float] = {
+        "classification": math.sqrt(1 - 1 / classes),
+        "multilabel": math.sqrt(classes) / 2,
+        "regression": 1 / 4,
+        "tokens": math.sqrt(1 - 1 / classes),
+        "answers": math.sqrt(1 / 2),
+        "generation": 1.0,
+        "detection": 1.0,
+    }
+    return FIRST_GRADIENT_SHARE * first[form]
 
 
 class Privacy(Section):
@@ -113,11 +312,17 @@ class Privacy(Section):
     )
     target_epsilon: float = Field(gt=0, le=1000, description="ε of the whole run, per site and unit")
     target_delta: float = Field(default=1e-5, gt=0, lt=1, description="δ of the whole run; below 1/units of a site")
-    noise: Literal["local"] = Field(
-        default="local", description="local: every site adds the full noise itself and trusts nobody"
+    noise: Literal["local", "distributed"] = Field(
+        default="local",
+        description="local: every site adds the full noise itself and trusts nobody; distributed: the sites share the "
+        "noise of a masked sum, which is all that the coordinator sees",
     )
     max_grad_norm: float = Field(
-        default=0.5, ge=1e-3, le=1e3, description="L2 bound of one unit's gradient (clipping bound)"
+        default=0.5,
+        ge=1e-3,
+        le=1e3,
+        description="L2 bound of one unit's gradient (clipping bound); of dp-fedsgd without it, half the length that "
+        "the gradient of a record has at the zero head, √(1 - 1/classes)",
     )
     max_records_per_patient: int = Field(
         default=8, ge=1, le=10_000, description="patient unit: records of one patient that take part"
@@ -127,6 +332,10 @@ class Privacy(Section):
     def budget(self) -> PrivacyBudget:
         """The promise as a value."""
         return PrivacyBudget(target_epsilon=self.target_epsilon, target_delta=self.target_delta)
+
+
+COLLUDING_OF_TEN = 3
+"""Sites out of ten that may work with the coordinator, where a plan says nothing."""
 
 
 class Cohort(Section):
@@ -160,6 +369,24 @@ class Cohort(Section):
     malicious_sites: int = Field(
         default=0, ge=0, description="trimmed-mean, krum: lying sites that the rule is to withstand"
     )
+    colluding_sites: int | None = Field(
+        default=None,
+        ge=0,
+        description="distributed noise: sites of a masked sum that may work with the coordinator; the others' shares "
+        "of the noise suffice; without it, three of ten",
+    )
+    retries: int = Field(
+        default=2,
+        ge=0,
+        le=1000,
+        description="distributed noise: training rounds of the run that may be asked anew when a site drops out; the "
+        "noise is sized for them",
+    )
+
+    def colluding(self, sites: int) -> int:
+        """How many of a masked sum's sites are not counted on."""
+        wanted = COLLUDING_OF_TEN * sites // 10 if self.colluding_sites is None else self.colluding_sites
+        return min(wanted, sites - 1)
 
     @model_validator(mode="after")
     def _enough(self) -> Self:
@@ -188,6 +415,18 @@ class Evaluation(Section):
         default=0.2, gt=0, le=0.5, description="part of each site's units that never train; the site draws them"
     )
     share: float = Field(default=0.05, gt=0, le=0.5, description="part of the run's μ² that the evaluation may use")
+    groups: tuple[Name, ...] = Field(
+        default=(),
+        max_length=100,
+        description="groups of records, a public list, whose right and wrong answers are counted apart; the noise of "
+        "all figures grows by 29 %",
+    )
+
+    @model_validator(mode="after")
+    def _groups_to_compare(self) -> Self:
+        if len(self.groups) == 1 or len(set(self.groups)) != len(self.groups):
+            raise ValueError(f"groups = {list(self.groups)}; name at least two groups, each once, or none")
+        return self
 
 
 class Wire(Section):
@@ -215,26 +454,50 @@ class Columns(Section):
     missing_values: dict[str, tuple[str | float | int | bool, ...]] = Field(
         default_factory=dict, description="text_template: raw values of a column that mean 'not known'"
     )
+    question: str | None = Field(default=None, description="answers: column with the question")
     image: str | None = Field(default=None, description="column with image paths, relative to the table")
+    audio: str | None = Field(default=None, description="column with sound files, relative to the table")
     features: tuple[str, ...] | None = Field(default=None, description="numeric columns")
     label: str = Field(description="column with the label")
+    form: Form = Field(
+        default="classification",
+        description="what the label column holds: classification: one label; multilabel: labels with | between them, "
+        "none in an empty cell; regression: a number; tokens: a label for each word of the text, with blanks between; "
+        "answers: the answer, as it stands in the text; generation: how the text goes on; detection: JSON, a list of "
+        "[label, left, top, right, bottom], each side from 0 to 1. A simulation takes it from task.kind",
+    )
     labels: dict[str, str] = Field(default_factory=dict, description="raw label → the plan's label")
     patient: str | None = Field(default=None, description="column with the patient id")
+    group: str | None = Field(default=None, description="column with the group whose answers are counted apart")
+    groups: dict[str, str] = Field(
+        default_factory=dict, description="raw group → the plan's group; without it, as it is; others are in no group"
+    )
 
     @model_validator(mode="after")
     def _one_input(self) -> Self:
-        given = [n for n in ("text", "text_template", "image", "features") if getattr(self, n) is not None]
+        given = [n for n in ("text", "text_template", "image", "audio", "features") if getattr(self, n) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"{given or 'no input column'} given; name exactly one of text, text_template, image, features"
+                f"{given or 'no input column'} given; name exactly one of text, text_template, image, audio, features"
             )
         return self
 
+    @model_validator(mode="after")
+    def _asked(self) -> Self:
+        if (self.question is None) == (self.form == "answers"):
+            have = f'question = "{self.question}"' if self.question else "no question"
+            raise ValueError(f'{have} with form = "{self.form}"; answers have a question column, and nothing else has')
+        if self.question is not None and self.text is None:
+            raise ValueError("question without text; name the column with the text that holds the answer")
+        return self
+
     @property
-    def modality(self) -> Literal["text", "image", "tabular"]:
+    def modality(self) -> Modality:
         """What kind of input the columns give."""
         if self.image is not None:
             return "image"
+        if self.audio is not None:
+            return "audio"
         return "tabular" if self.features is not None else "text"
 
 
@@ -254,6 +517,7 @@ class Simulation(Columns):
     baselines: tuple[Baseline, ...] = Field(
         default=("local_only", "centralized_dp", "non_private"), description="what the run is compared with"
     )
+    selector: bool = Field(default=True, description="let each site compare the model with its own and keep the better")
     noise: Literal["os", "fixed", "none"] = Field(
         default="os",
         description="os: the operating system's generator; fixed (repeatable) and none are not private, and say so",
@@ -294,6 +558,109 @@ class RunPlan(Section):
 
     @model_validator(mode="before")
     @classmethod
+    def _bounded_by_classes(cls, document: Any) -> Any:
+        """Where dp-fedsgd's bound is not named, it is half as long as the zero head's gradient."""
+        if not isinstance(document, dict):
+            return document
+        privacy, task, training = (document.get(name, {}) for name in ("privacy", "task", "training"))
+        if not (isinstance(privacy, dict) and isinstance(task, dict) and isinstance(training, dict)):
+            return document
+        labels, form = task.get("labels"), _form(task)
+        if form in STRUCTURED:
+            labels = labels or ("",)
+        if training.get("algorithm", "dp-fedsgd") != "dp-fedsgd" or not isinstance(labels, list | tuple) or not labels:
+            return document
+        classes = max(2 if form in ("classification", "tokens") else 1, len(labels))
+        return {**document, "privacy": {"max_grad_norm": clipping_bound(classes, form), **privacy}}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _structured_by_default(cls, document: Any) -> Any:
+        """Where an answer is more than a row of numbers, a record has no one feature to centre."""
+        if not isinstance(document, dict):
+            return document
+        task, training = (document.get(name, {}) for name in ("task", "training"))
+        if not (isinstance(task, dict) and isinstance(training, dict)) or _form(task) not in STRUCTURED:
+            return document
+        return {**document, "training": {"centre": False, **training}}
+
+    @model_validator(mode="after")
+    def _structured(self) -> Self:
+        """What cannot learn answers with a structure is refused here, before anybody reads a record."""
+        if self.task.form not in STRUCTURED:
+            return self
+        simulation, generation = self.simulation, self.task.form == "generation"
+        contradictions = {
+            'transfer.mode = "gradual"; it begins with a new head alone, and there is none': (
+                self.transfer.mode == "gradual" and generation
+            ),
+            'transfer.mode = "head"; a head on one feature of a record does not learn it, tune more': (
+                not self.transfer.deep
+            ),
+            f"transfer.head_rounds = {self.transfer.head_rounds}; a record has no one feature for a head": (
+                self.transfer.head_rounds > 0
+            ),
+            "training.centre = true; a record has no one feature to centre, leave it out": self.training.centre,
+            "no training.learning_rate; the public rule is of a new head, and there is none, name a rate": (
+                generation and self.training.learning_rate is None
+            ),
+            "simulation.baselines with head_only; a head alone does not learn it, leave it out": (
+                simulation is not None and "head_only" in simulation.baselines
+            ),
+            "simulation.group; right and wrong by group are of classes, leave it out": (
+                simulation is not None and simulation.group is not None
+            ),
+            'simulation.partition = "dirichlet"; records have no class by which to divide them': (
+                simulation is not None and simulation.partition == "dirichlet"
+            ),
+        }
+        for what, found in contradictions.items():
+            if found:
+                raise ValueError(f'task.kind = "{self.task.kind}" with {what}')
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _formed_by_the_task(cls, document: Any) -> Any:
+        """A simulation's label column holds what the task asks for; sites choose among heads of classes only."""
+        if not isinstance(document, dict):
+            return document
+        task, simulation = document.get("task"), document.get("simulation")
+        if not (isinstance(task, dict) and isinstance(simulation, dict)) or _form(task) == "classification":
+            return document
+        return {**document, "simulation": {"form": _form(task), "selector": False, **simulation}}
+
+    @model_validator(mode="after")
+    def _formed(self) -> Self:
+        """What cannot answer the task's form is refused here, before anybody reads a record."""
+        if self.simulation is not None and self.simulation.form != self.task.form:
+            raise ValueError(
+                f'task.kind = "{self.task.kind}" with simulation.form = "{self.simulation.form}"; they must agree'
+            )
+        if self.task.form == "classification":
+            return self
+        contradictions = {
+            f'training.algorithm = "{self.training.algorithm}"; its one message holds sums by class, use dp-fedsgd': (
+                self.training.algorithm == "one-shot"
+            ),
+            f"evaluation.groups = {list(self.groups)}; right and wrong by group are of classification, leave them "
+            "out": bool(self.groups),
+            "simulation.selector = true; sites compare heads of classes only, leave it out": (
+                self.simulation is not None and self.simulation.selector
+            ),
+            "simulation.labels; the label column holds none, leave them out": (
+                self.simulation is not None
+                and self.task.form in ("regression", "answers", "generation")
+                and bool(self.simulation.labels)
+            ),
+        }
+        for what, found in contradictions.items():
+            if found:
+                raise ValueError(f'task.kind = "{self.task.kind}" with {what}')
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
     def _patients_by_default(cls, document: Any) -> Any:
         """Where a patient column is named and no unit is, the patient is the unit."""
         if not isinstance(document, dict):
@@ -303,18 +670,100 @@ class RunPlan(Section):
             return {**document, "privacy": {"unit": PrivacyUnit.PATIENT.value, **privacy}}
         return document
 
+    @model_validator(mode="before")
+    @classmethod
+    def _deep_by_default(cls, document: Any) -> Any:
+        """Where more than the head is tuned, no site chooses among heads, and heads are what it is compared with."""
+        if not isinstance(document, dict):
+            return document
+        transfer, simulation = document.get("transfer"), document.get("simulation")
+        if not (isinstance(transfer, dict) and isinstance(simulation, dict)):
+            return document
+        if transfer.get("mode", "head") == "head":
+            return document
+        task = document.get("task")
+        heads = [] if isinstance(task, dict) and _form(task) in STRUCTURED else ["head_only"]
+        usual = {"selector": False, "baselines": ["local_only", *heads]}
+        return {**document, "simulation": {**usual, **simulation}}
+
+    @model_validator(mode="after")
+    def _deep(self) -> Self:
+        """What more than a head cannot be tuned with is refused here, before anybody reads a record."""
+        if not self.transfer.deep:
+            if self.simulation is not None and "head_only" in self.simulation.baselines:
+                raise ValueError('simulation.baselines with head_only and transfer.mode = "head"; leave it out')
+            return self
+        mode = self.transfer.mode
+        contradictions = {
+            f'task.kind = "{self.task.kind}"; numeric columns have no pretrained layers, use mode = "head"': (
+                self.task.modality == "tabular"
+            ),
+            f'task.kind = "{self.task.kind}"; tokens before the record are for text': (
+                mode == "prompt" and self.task.modality != "text"
+            ),
+            f'training.algorithm = "{self.training.algorithm}"; the mean of changes that sites made apart is not the '
+            "change of the whole, use dp-fedsgd": self.training.algorithm != "dp-fedsgd",
+            "simulation.selector = true; a site compares heads only": (
+                self.simulation is not None and self.simulation.selector
+            ),
+            f"transfer.head_rounds = {self.transfer.head_rounds} of training.rounds = {self.training.rounds}; leave "
+            "rounds for what is below the head": self.transfer.head_rounds >= self.training.rounds,
+        }
+        for what, found in contradictions.items():
+            if found:
+                raise ValueError(f'transfer.mode = "{mode}" with {what}')
+        return self
+
+    @model_validator(mode="after")
+    def _maskable(self) -> Self:
+        """What cannot be said of a masked sum is refused, not left out in silence."""
+        if self.privacy.noise == "local":
+            return self
+        contradictions = {
+            f'training.algorithm = "{self.training.algorithm}"; masked sums are of dp-fedsgd': (
+                self.training.algorithm == "dp-fedavg"
+            ),
+            f'cohort.aggregation = "{self.cohort.aggregation}"; nobody sees single updates, so only sum is possible': (
+                self.cohort.aggregation != "sum"
+            ),
+            f"wire.update_bits = {self.wire.update_bits}; masked numbers have a width of their own, leave it at 32": (
+                self.wire.update_bits != 32
+            ),
+            f"cohort.min_sites = {self.cohort.min_sites}; a sum of one site hides nothing, ask at least 2": (
+                self.cohort.min_sites < 2
+            ),
+            f"cohort.colluding_sites = {self.cohort.colluding_sites} of min_sites = {self.cohort.min_sites}; somebody "
+            "must be honest": (self.cohort.colluding_sites or 0) >= self.cohort.min_sites,
+        }
+        for what, found in contradictions.items():
+            if found:
+                raise ValueError(f'privacy.noise = "distributed" with {what}')
+        return self
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if not self.training.centre and self.cohort.nominal_units is None:
+        one_shot = self.training.algorithm == "one-shot"
+        if one_shot and self.cohort.sites_per_round is not None:
+            raise ValueError(
+                f'cohort.sites_per_round = {self.cohort.sites_per_round} with training.algorithm = "one-shot"; its one '
+                "message is asked of all sites, leave it out"
+            )
+        if not self.training.centre and not one_shot and self.cohort.nominal_units is None:
             raise ValueError(
                 "training.centre = false without cohort.nominal_units; without the centring round's noisy count, "
                 "say how many units a site has, as a public figure"
             )
-        modality = self.task.kind.removesuffix("-classification")
+        modality = self.task.modality
         if (self.backbone is None) != (modality == "tabular"):
             raise ValueError(
                 f'task.kind = "{self.task.kind}" {"with" if self.backbone else "without"} [backbone]; '
-                "text and images need one, numeric features have none"
+                "text, images and sounds need one, numeric features have none"
+            )
+        compared = self.groups or (self.simulation is not None and self.simulation.group is not None)
+        if compared and self.task.form != "classification":
+            raise ValueError(
+                f'evaluation.groups or simulation.group with task.kind = "{self.task.kind}"; groups are compared by '
+                "right and wrong answers, which only classes have"
             )
         if self.simulation is not None and self.simulation.modality != modality:
             raise ValueError(
@@ -326,9 +775,16 @@ class RunPlan(Section):
                     raise ValueError(
                         f'simulation.labels."{raw}" = "{label}" is not in task.labels = {list(self.task.labels)}'
                     )
+            if self.groups and self.simulation.group is None:
+                raise ValueError("evaluation.groups without simulation.group; name the column with the group")
             if self.privacy.unit is PrivacyUnit.PATIENT and self.simulation.patient is None:
                 raise ValueError('privacy.unit = "patient" without simulation.patient; name the patient column')
         return self
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Groups whose answers an evaluation counts apart."""
+        return self.evaluation.groups if self.evaluation else ()
 
     def public(self) -> RunPlan:
         """The plan as sites receive it: without the simulation's table."""
@@ -363,6 +819,12 @@ class RunPlan(Section):
             PlanError: when it is not a plan.
         """
         return _parsed(text)
+
+
+def _form(task: Mapping[str, Any]) -> Form:
+    """What a raw [task] asks for; classification where it says nothing that is known."""
+    named = str(task.get("kind")).partition("-")[2]
+    return cast(Form, named) if named in get_args(Form) else "classification"
 
 
 @lru_cache(maxsize=16)

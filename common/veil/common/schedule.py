@@ -9,18 +9,23 @@ ledger, which knows no single unit, over-counts.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 
 from veil.common.errors import PlanError
-from veil.common.evaluation import EVALUATION_NORM
+from veil.common.evaluation_forms import vector_norm
+from veil.common.moments import MOMENTS_NORM
 from veil.common.noise import spacing
-from veil.common.plan import RunPlan
+from veil.common.plan import Algorithm, RunPlan
 from veil.common.privacy import Mechanism, calibrate, gaussian_sigma
 
 CENTRE_SHARE = 0.12
 """Part of the run's μ² that the centring round may use."""
+
+HEAD_SHARE = 0.25
+"""Part of the run's μ² that rounds of the head alone may use, where more than it is tuned."""
 
 COUNT_WEIGHT = 0.5
 """The constant released beside each unit's mean feature, whose noisy sum estimates the number of units."""
@@ -42,7 +47,15 @@ class ReleaseKind(StrEnum):
     CENTRE = "centre"
     GRADIENT = "gradient"
     DELTA = "delta"
+    STATISTICS = "statistics"
     EVALUATION = "evaluation"
+
+
+_TRAINING: Mapping[Algorithm, ReleaseKind] = {
+    "dp-fedsgd": ReleaseKind.GRADIENT,
+    "dp-fedavg": ReleaseKind.DELTA,
+    "one-shot": ReleaseKind.STATISTICS,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,16 +105,18 @@ def _schedule(plan_json: str) -> tuple[Release, ...]:
 
 def _releases(plan: RunPlan) -> tuple[Release, ...]:
     budget = plan.privacy.budget
-    first, last = _centring(plan), _evaluations(plan)
-    decided = [release.mechanism for release in (*first, *last)]
-    fedavg = plan.training.algorithm == "dp-fedavg"
-    rate = plan.training.sample_rate if fedavg else 1.0
+    heads, last = _head_rounds(plan), _evaluations(plan)
+    first = (*_centring(plan), *heads)
+    spare = [release.mechanism for release in heads[:1]] * spare_rounds(plan)
+    decided = [*(release.mechanism for release in (*first, *last)), *spare]
+    fedavg, one_shot = (plan.training.algorithm == name for name in ("dp-fedavg", "one-shot"))
+    rate = 1.0 if one_shot else plan.training.sampling
     per_round = local_steps(plan) if fedavg else 1
     whole = calibrate(
         budget,
-        steps=plan.training.rounds * per_round,
+        steps=(plan.training.rounds - plan.transfer.head_rounds + spare_rounds(plan)) * per_round,
         sample_rate=rate,
-        max_grad_norm=plan.privacy.max_grad_norm,
+        max_grad_norm=MOMENTS_NORM if one_shot else plan.privacy.max_grad_norm,
         unit=plan.privacy.unit,
         alongside=decided,
     )
@@ -112,10 +127,10 @@ def _releases(plan: RunPlan) -> tuple[Release, ...]:
         steps=per_round,
         unit=whole.unit,
     )
-    kind = ReleaseKind.DELTA if fedavg else ReleaseKind.GRADIENT
+    kind = _TRAINING[plan.training.algorithm]
     training = (
         Release(round=r, kind=kind, mechanism=each, update_bits=plan.wire.update_bits)
-        for r in range(1, plan.training.rounds + 1)
+        for r in range(plan.transfer.head_rounds + 1, plan.training.rounds + 1)
     )
     return (*first, *training, *last)
 
@@ -126,10 +141,23 @@ def _centring(plan: RunPlan) -> tuple[Release, ...]:
     return (Release(round=0, kind=ReleaseKind.CENTRE, mechanism=_single(plan, CENTRE_SHARE, CENTRE_NORM)),)
 
 
+def _head_rounds(plan: RunPlan) -> tuple[Release, ...]:
+    """The rounds before what is below the head trains: full batches, each of an equal part of their share."""
+    rounds = plan.transfer.head_rounds
+    if not rounds:
+        return ()
+    each = _single(plan, HEAD_SHARE / (rounds + spare_rounds(plan)), plan.privacy.max_grad_norm)
+    return tuple(
+        Release(round=one, kind=ReleaseKind.GRADIENT, mechanism=each, update_bits=plan.wire.update_bits)
+        for one in range(1, rounds + 1)
+    )
+
+
 def _evaluations(plan: RunPlan) -> tuple[Release, ...]:
     if plan.evaluation is None:
         return ()
-    mechanism = _single(plan, plan.evaluation.share, EVALUATION_NORM)
+    norm = vector_norm(plan.task.form, len(plan.task.labels), len(plan.groups))
+    mechanism = _single(plan, plan.evaluation.share, norm)
     return (Release(round=plan.training.rounds + 1, kind=ReleaseKind.EVALUATION, mechanism=mechanism),)
 
 
@@ -139,6 +167,16 @@ def _single(plan: RunPlan, share: float, norm: float) -> Mechanism:
     return Mechanism(noise_multiplier=sigma, max_grad_norm=norm, unit=plan.privacy.unit)
 
 
+def spare_rounds(plan: RunPlan) -> int:
+    """Training rounds that the noise is sized for beyond those planned: a masked sum that fails is asked anew.
+
+    One message has none to spare: noise for two more would be √3 times as large.
+    """
+    if plan.privacy.noise == "local" or plan.training.algorithm == "one-shot":
+        return 0
+    return plan.cohort.retries
+
+
 def local_steps(plan: RunPlan) -> int:
     """Steps of one dp-fedavg round: as many as pass over the records `local_epochs` times on average."""
-    return max(1, round(plan.training.local_epochs / plan.training.sample_rate))
+    return max(1, round(plan.training.local_epochs / plan.training.sampling))

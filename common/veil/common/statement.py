@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import repeat
 from typing import Annotated, Any, Literal, Self
 
@@ -23,10 +24,13 @@ from pydantic import Field, PlainSerializer, PlainValidator, ValidationError, mo
 from veil.common.keys import NodeKey, verify
 from veil.common.noise import OSNoise
 from veil.common.plan import Section, plan_error
-from veil.common.privacy import Mechanism, NeighboringRelation, PrivacySpent, PrivacyUnit
+from veil.common.privacy import Mechanism, NeighboringRelation, NoiseShares, PrivacySpent, PrivacyUnit
 
 MAX_RELEASES = 1_000_000
 """The most releases that a statement lists: more would be meant to exhaust who checks it."""
+
+MOST_SHARING = 100
+"""Sites of a masked sum; see `veil.common.masking`."""
 
 _PURPOSE = b"veil statement\n"
 """What a statement's signature begins with: the key signs other things too."""
@@ -60,11 +64,40 @@ Recorded = Annotated[Mechanism, PlainValidator(_mechanism), PlainSerializer(Mech
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+class Shared(Section):
+    """How the noise of a masked sum was shared: over how many sites, and how many of them were not counted on."""
+
+    sites: int = Field(ge=2, le=MOST_SHARING)
+    colluding: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _somebody_honest(self) -> Self:
+        if self.colluding >= self.sites:
+            raise ValueError(f"{self.colluding} colluding sites of {self.sites}; expected fewer than all")
+        return self
+
+    @classmethod
+    def of(cls, shares: NoiseShares | None) -> Shared | None:
+        """The same as a section."""
+        return None if shares is None else cls(sites=shares.sites, colluding=shares.colluding)
+
+    @property
+    def shares(self) -> NoiseShares:
+        """The same as a value."""
+        return NoiseShares(sites=self.sites, colluding=self.colluding)
+
+
 class Repeated(Section):
-    """One mechanism, and how often it ran."""
+    """One mechanism, how often it ran, and how its noise was shared; null where the site added all of it."""
 
     mechanism: Recorded
     count: int = Field(ge=1, le=MAX_RELEASES)
+    shared: Shared | None = None
+
+    @property
+    def alone(self) -> Mechanism:
+        """What it was for whoever took the site's mask off."""
+        return self.mechanism if self.shared is None else self.shared.shares.unmasked(self.mechanism)
 
 
 class Releases(Repeated):
@@ -113,7 +146,7 @@ class StatedLimits(Section):
 class Statement(Section):
     """What one site states about one run."""
 
-    veil_statement: Literal[1] = Field(default=1, description="the form's number")
+    veil_statement: Literal[2] = Field(default=2, description="the form's number")
     simulation: bool = Field(description="whether the site is a simulated one")
     site: str = Field(min_length=1, max_length=80, description="its name")
     job: str = Field(description="the run's name")
@@ -129,6 +162,10 @@ class Statement(Section):
     delta: float = Field(gt=0, lt=1, description="the δ of all costs")
     this_run: Cost = Field(description="what this run cost one unit")
     lifetime: Cost = Field(description="what all runs cost one unit")
+    this_run_alone: Cost | None = Field(
+        default=None, description="what this run cost if its masks were taken off; null without masked sums"
+    )
+    lifetime_alone: Cost | None = Field(default=None, description="the same of all runs")
     limits: StatedLimits = Field(description="what the owner allows")
     backbone_sha256: Digest | None = Field(description="of the pretrained weights")
     code_sha256: Digest = Field(description="over the installed source files of Veil")
@@ -180,6 +217,11 @@ def expanded(listed: Iterable[Repeated]) -> Iterator[Mechanism]:
     return (mechanism for one in listed for mechanism in repeat(one.mechanism, one.count))
 
 
+def expanded_alone(listed: Iterable[Repeated]) -> Iterator[Mechanism]:
+    """The same for whoever took every mask off."""
+    return (mechanism for one in listed for mechanism in repeat(one.alone, one.count))
+
+
 def sampler_of(mechanisms: Iterable[Mechanism]) -> str:
     """How units came into steps, in words."""
     rates = sorted({mechanism.sample_rate for mechanism in mechanisms})
@@ -228,17 +270,21 @@ def canonical_pem(pem: bytes) -> bytes | None:
     return public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
+@lru_cache(maxsize=4096)
 def key_fingerprint(pem: bytes) -> str:
     """SHA-256 of a public key in its one PEM form, as `sha256sum` of the file gives it."""
     return hashlib.sha256(canonical_pem(pem) or pem).hexdigest()
 
 
-def summed_up(mechanisms: Sequence[Mechanism]) -> tuple[Repeated, ...]:
-    """A run's mechanisms with their counts, in order of first use."""
+def summed_up(mechanisms: Sequence[tuple[Mechanism, NoiseShares | None]]) -> tuple[Repeated, ...]:
+    """A run's mechanisms, and how their noise was shared, with their counts, in order of first use."""
     counts = dict.fromkeys(mechanisms, 0)
-    for mechanism in mechanisms:
-        counts[mechanism] += 1
-    return tuple(Repeated(mechanism=mechanism, count=count) for mechanism, count in counts.items())
+    for one in mechanisms:
+        counts[one] += 1
+    return tuple(
+        Repeated(mechanism=mechanism, count=count, shared=Shared.of(shares))
+        for (mechanism, shares), count in counts.items()
+    )
 
 
 def _message(text: str) -> bytes:

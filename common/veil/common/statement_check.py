@@ -17,7 +17,16 @@ from veil.common.noise import OSNoise
 from veil.common.plan import RunPlan
 from veil.common.privacy import Mechanism, NeighboringRelation, PrivacySpent, spent, spent_over_runs
 from veil.common.schedule import Release, schedule
-from veil.common.statement import Cost, LedgerRun, Releases, Statement, expanded, sampler_of
+from veil.common.statement import (
+    Cost,
+    Releases,
+    Repeated,
+    Shared,
+    Statement,
+    expanded,
+    expanded_alone,
+    sampler_of,
+)
 
 LESS, MORE = 1e-6, 1e-3
 """Relative differences by which a claimed ε may be below, and above, what its mechanisms cost."""
@@ -37,6 +46,8 @@ class CheckedSite:
         statement: what it says.
         this_run: what its run cost, computed again.
         lifetime: what its ledger cost, computed again.
+        this_run_alone: what its run cost if its masks were taken off; None without masked sums.
+        lifetime_alone: the same of its ledger.
         rounds: in how many rounds the certificate says its update was used.
     """
 
@@ -44,6 +55,8 @@ class CheckedSite:
     this_run: PrivacySpent
     lifetime: PrivacySpent
     rounds: int
+    this_run_alone: PrivacySpent | None = None
+    lifetime_alone: PrivacySpent | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +99,18 @@ def check_costs(statement: Statement, *, rounds: int) -> CheckedSite:
         this_run=spent(statement.mechanisms(), statement.delta) if statement.private else infinite,
         lifetime=spent_over_runs(runs, statement.delta) if private else infinite,
         rounds=rounds,
+        this_run_alone=_costs_alone([statement.releases], statement.delta, private=statement.private),
+        lifetime_alone=_costs_alone([run.mechanisms for run in statement.ledger], statement.delta, private=private),
     )
+
+
+def _costs_alone(runs: Sequence[Sequence[Repeated]], delta: float, *, private: bool) -> PrivacySpent | None:
+    """What runs cost where no mask held; None where there were none."""
+    if all(one.shared is None for run in runs for one in run):
+        return None
+    if not private:
+        return PrivacySpent(epsilon=math.inf, delta=delta, by_accountant={})
+    return spent_over_runs([list(expanded_alone(run)) for run in runs], delta)
 
 
 def statement_faults(
@@ -104,9 +128,12 @@ def statement_faults(
     said = site.statement
     yield from _identity_faults(name, said, run, planned.plan)
     yield from _release_faults(said, planned)
+    yield from _sharing_faults(said, run, planned.plan)
     yield from _ledger_faults(said)
     yield from _cost_faults("this_run", said.this_run, site.this_run)
     yield from _cost_faults("lifetime", said.lifetime, site.lifetime)
+    yield from _alone_faults("this_run_alone", said.this_run_alone, site.this_run_alone)
+    yield from _alone_faults("lifetime_alone", said.lifetime_alone, site.lifetime_alone)
     yield from _limit_faults("epsilon_per_run", said.limits.epsilon_per_run, site.this_run)
     yield from _limit_faults("epsilon_lifetime", said.limits.epsilon_lifetime, site.lifetime)
     if said.audit is not None and said.audit.get("passed") is not True:
@@ -151,6 +178,23 @@ def _release_faults(said: Statement, planned: Planned) -> Iterator[str]:
         yield f"sampler: {said.sampler}, where the releases say {sampler_of(done)}"
 
 
+def _sharing_faults(said: Statement, run: RunFacts, plan: RunPlan | None) -> Iterator[str]:
+    """Noise is shared as the plan says, and by as many sites as the coordinator's round had, at the least once."""
+    if plan is None:
+        return
+    if plan.privacy.noise == "local":
+        if any(one.shared is not None for one in said.releases):
+            yield "releases: noise that was shared, where the plan has every site add all of it"
+        return
+    for one in said.releases:
+        if one.shared is None or one.shared.colluding != plan.cohort.colluding(one.shared.sites):
+            yield f"releases: the noise of rounds {one.first} to {one.last} was not shared as the plan says"
+    for done in run.rounds:
+        sums = {one.shared.sites for one in said.releases if one.shared and (done.round, one.kind) in _places(one)}
+        if said.site in done.sites and len(done.sites) not in sums:
+            yield f"releases: none of round {done.round} in a sum of its {len(done.sites)} sites"
+
+
 def _same(stated: Mechanism, planned: Mechanism) -> bool:
     """Whether two mechanisms are one, up to the last digits of a calibrated σ."""
     close = math.isclose(stated.noise_multiplier, planned.noise_multiplier, rel_tol=_SAME_SIGMA)
@@ -160,7 +204,7 @@ def _same(stated: Mechanism, planned: Mechanism) -> bool:
 
 def _ledger_faults(said: Statement) -> Iterator[str]:
     own = [run for run in said.ledger if run.this_run]
-    if len(own) != 1 or _counted(own[0]) != Counter(said.mechanisms()):
+    if len(own) != 1 or _counted(own[0].mechanisms) != _counted(said.releases):
         yield "ledger: its lines of this run are not the releases"
     elif own[0].noise != said.noise:
         yield f"noise: {said.noise}, where the ledger says {own[0].noise}"
@@ -176,8 +220,11 @@ def _ledger_faults(said: Statement) -> Iterator[str]:
         yield f"relation: {said.relation}"
 
 
-def _counted(run: LedgerRun) -> Counter[Mechanism]:
-    return Counter(expanded(run.mechanisms))
+def _counted(listed: Sequence[Repeated]) -> Counter[tuple[Mechanism, Shared | None]]:
+    counts: Counter[tuple[Mechanism, Shared | None]] = Counter()
+    for one in listed:
+        counts[one.mechanism, one.shared] += one.count
+    return counts
 
 
 def _cost_faults(name: str, claimed: Cost, cost: PrivacySpent) -> Iterator[str]:
@@ -187,6 +234,13 @@ def _cost_faults(name: str, claimed: Cost, cost: PrivacySpent) -> Iterator[str]:
             yield f"{name}: {accountant} is no accountant of these mechanisms"
         else:
             yield from _figure_faults(f"{name}: {accountant}", figure, cost.by_accountant[accountant])
+
+
+def _alone_faults(name: str, claimed: Cost | None, cost: PrivacySpent | None) -> Iterator[str]:
+    if claimed is not None and cost is not None:
+        yield from _cost_faults(name, claimed, cost)
+    elif claimed is not None or cost is not None:
+        yield f"{name}: stated with and only with masked sums"
 
 
 def _figure_faults(name: str, claimed: float | None, cost: float) -> Iterator[str]:

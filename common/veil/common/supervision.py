@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _KILL_AFTER_S = 5.0
@@ -29,10 +29,16 @@ class Child:
         arguments: its command line.
         keep: file descriptors that it inherits.
         log: file that its output is added to; without one, its parent's.
+        variables: of its environment, where its parent has none of the name.
     """
 
     def __init__(
-        self, module: str, arguments: Sequence[str], keep: Sequence[int] = (), log: Path | None = None
+        self,
+        module: str,
+        arguments: Sequence[str],
+        keep: Sequence[int] = (),
+        log: Path | None = None,
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         self.started_at = time.monotonic()
         with contextlib.ExitStack() as opened:
@@ -43,7 +49,7 @@ class Child:
                 stdout=output,
                 stderr=output,
                 pass_fds=tuple(keep),
-                env={**os.environ, _PARENT: str(os.getpid())},
+                env={**(variables or {}), **os.environ, _PARENT: str(os.getpid())},
             )
 
     @property

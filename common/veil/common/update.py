@@ -23,6 +23,9 @@ Points = NDArray[np.signedinteger[Any]]
 MOST_DOUBLINGS = 62
 """Of a lattice's spacing: more would leave nothing of numbers of 64 bits."""
 
+_BLOCK = 1 << 16
+"""Numbers that are narrowed in one piece."""
+
 _INTEGERS = tuple(np.dtype(f"int{bits}") for bits in (8, 16, 32, 64))
 
 
@@ -78,7 +81,7 @@ class Update:
         k = 0
         while 2 * reach >= (2**bits - 1) * 2**k:  # it would round to 2^(bits - 1) or more
             k += 1
-        points = {name: _halved(p, k).astype(f"int{bits}") for name, p in self.points.items()}
+        points = {name: _halved(p, k, f"int{bits}") for name, p in self.points.items()}
         return Update(points=points, spacing=math.ldexp(self.spacing, k))
 
     def to_bytes(self) -> bytes:
@@ -108,6 +111,51 @@ class Update:
     def nbytes(self) -> int:
         """Size of the lattice points, bytes."""
         return sum(p.nbytes for p in self.points.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaskedUpdate:
+    """A release behind its masks: nothing to anyone until a whole cohort's are added.
+
+    Attributes:
+        words: numbers modulo 2⁴⁸ by tensor name, 64 bits each.
+        spacing: of the lattice beneath.
+    """
+
+    words: Mapping[str, NDArray[np.uint64]]
+    spacing: float
+
+    def to_bytes(self) -> bytes:
+        """The safetensors form, six bytes a number, γ in its header as a hexadecimal float."""
+        header = {"veil": json.dumps({"spacing": self.spacing.hex(), "masked": True})}
+        return save({name: packed(words) for name, words in sorted(self.words.items())}, metadata=header)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> MaskedUpdate:
+        """The inverse of `to_bytes`, for bytes that this site stored."""
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["veil"])
+        words = {name: unpacked(parts) for name, parts in load(data).items()}
+        return cls(words=words, spacing=float.fromhex(header["spacing"]))
+
+
+def packed(words: NDArray[np.uint64]) -> NDArray[np.uint16]:
+    """Numbers below 2⁴⁸ as three words of 16 bits each, the lowest first: [...] to [..., 3]."""
+    parts: NDArray[np.uint16] = np.ascontiguousarray(words, dtype="<u8").view("<u2")
+    return np.ascontiguousarray(parts.reshape(*words.shape, 4)[..., :3])
+
+
+def unpacked(parts: NDArray[np.uint16]) -> NDArray[np.uint64]:
+    """The inverse of `packed`.
+
+    Raises:
+        ValueError: for an array of another form.
+    """
+    if parts.dtype != np.dtype("<u2") or parts.ndim < 2 or parts.shape[-1] != 3:
+        raise ValueError(f"masked numbers of {parts.dtype} {list(parts.shape)}; expected uint16 [..., 3]")
+    padded = np.zeros((*parts.shape[:-1], 4), dtype="<u2")
+    padded[..., :3] = parts
+    return padded.view("<u8")[..., 0].astype(np.uint64, copy=False)
 
 
 def doublings(spacing: float, finer: float) -> int:
@@ -147,11 +195,19 @@ def _sum(tensors: Sequence[Points], shifts: Sequence[int]) -> NDArray[np.float64
     return total.astype(np.float64)
 
 
-def _halved(points: Points, times: int) -> Points:
-    """points / 2^times, halves to even."""
+def _halved(points: Points, times: int, dtype: str) -> Points:
+    """points / 2^times, halves to even, in blocks: what lies between is several times as large as either."""
     if times == 0:
-        return points
-    whole: NDArray[np.int64] = points.astype(np.int64) >> times
+        return points.astype(dtype)
+    whole, found = points.reshape(-1), np.empty(points.size, dtype)
+    for start in range(0, whole.size, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        found[block] = _halved_block(whole[block].astype(np.int64), times)
+    return found.reshape(points.shape)
+
+
+def _halved_block(points: NDArray[np.int64], times: int) -> NDArray[np.int64]:
+    whole = points >> times
     rest, half = points - (whole << times), 2 ** (times - 1)
     up = (rest > half) | ((rest == half) & (whole % 2 == 1))
     return np.asarray(whole + up, dtype=np.int64)

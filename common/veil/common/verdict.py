@@ -100,6 +100,8 @@ def _site_document(site: CheckedSite) -> dict[str, Any]:
         "noise": said.noise,
         "epsilon": {"claimed": said.this_run.epsilon, "recomputed": site.this_run.finite_epsilon},
         "lifetime": {"claimed": said.lifetime.epsilon, "recomputed": site.lifetime.finite_epsilon},
+        "epsilon_alone": None if site.this_run_alone is None else site.this_run_alone.finite_epsilon,
+        "lifetime_alone": None if site.lifetime_alone is None else site.lifetime_alone.finite_epsilon,
         "limits": said.limits.model_dump(mode="json"),
         "rounds": site.rounds,
         "code_sha256": said.code_sha256,

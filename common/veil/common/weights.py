@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from veil.common import pickled
 from veil.common.errors import WeightsError
 from veil.common.plan import Backbone
 
@@ -40,21 +41,7 @@ COMPANIONS: Final = (
 )
 """Every file that is read beside the weights: configuration and tokenizer, never code or pickles."""
 
-LITE0_SAFETENSORS: Final = {
-    "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db": (
-        "6614b82a7a49d9205c1d35fafadd1d02a4d19f49dedbc3d96de643a6b04e070a"
-    )
-}
-"""SHA-256 of a pickled Lite0 state dict → of the safetensors file that lite0.py makes of it."""
-
-LITE0_FILES: Final = {
-    "config.json": "d512cd0cf3d429f864fd039f148ebfcafd9423cd44f8b35ec20e39b67fa08cbb",
-    "preprocessor_config.json": "25ee7ecdca762e19776ddaed320da660a06bbe29fa5483d52f8d58c59c42f15d",
-}
-"""SHA-256 of the configuration that lite0.py writes beside every Lite0."""
-
 _INDEX_NAME: Final = "model.safetensors.index.json"
-_LITE0_PATTERN: Final = "efficientnet-lite0-*.pth"
 _HUB_SOURCE: Final = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>\w[\w.-]*(?:/\w[\w.-]*)*)", re.ASCII)
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _HUB_TIMEOUT_S: Final = 5.0
@@ -127,16 +114,12 @@ def fingerprint(source: str, *, base: Path) -> PinnedWeights:
 
 
 def as_safetensors(backbone: Backbone) -> Backbone:
-    """The hashes of the form in which a backbone can travel: its own, or those of Lite0's safetensors file.
-
-    The hashes of that one conversion stand in this module, so that whoever receives it checks it against code of its
-    own and the plan's pin, and takes nobody's word.
-    """
-    sha256 = LITE0_SAFETENSORS.get(backbone.sha256)
-    if sha256 is None:
+    """The hashes of the form in which a backbone can travel: its own, or those of a pickled one's conversion."""
+    kind = pickled.converted_from(backbone.sha256)
+    if kind is None:
         return backbone
-    files = backbone.files_sha256 or files_digest(LITE0_FILES)
-    return backbone.model_copy(update={"sha256": sha256, "files_sha256": files})
+    files = backbone.files_sha256 or files_digest(kind.files)
+    return backbone.model_copy(update={"sha256": kind.safetensors[backbone.sha256], "files_sha256": files})
 
 
 def files_digest(digests: Mapping[str, str]) -> str:
@@ -185,7 +168,8 @@ def cache_folder() -> Path:
 
 def _hashed(source: str, base: Path, network: bool) -> PinnedWeights:
     file = _weights_file(_folder(source, base, network), source)
-    beside = LITE0_FILES if file.suffix == ".pth" else companion_digests(file.parent)
+    kind = pickled.kind_of(file)
+    beside = companion_digests(file.parent) if kind is None else kind.files
     return PinnedWeights(
         folder=file.parent,
         weights_file=file,
@@ -286,8 +270,8 @@ def _weights_file(folder: Path, source: str) -> Path:
             f"one file {WEIGHTS_NAME}; shards are not supported yet",
             "save the model again as one file, with a shard size above its own",
         )
-    found += sorted({*folder.glob(_LITE0_PATTERN), *(folder / "models").glob(_LITE0_PATTERN)})
-    if len(found) == 1 and (found[0].name == WEIGHTS_NAME or found[0].suffix == ".pth"):
+    found += sorted({one for kind in pickled.KINDS for pattern in kind.patterns for one in folder.glob(pattern)})
+    if len(found) == 1 and (found[0].name == WEIGHTS_NAME or pickled.kind_of(found[0])):
         return found[0]
     raise WeightsError(
         f"{source}: {', '.join(one.name for one in found) or 'no weights'} in {folder}",
@@ -297,7 +281,7 @@ def _weights_file(folder: Path, source: str) -> Path:
 
 
 def _check_layout(file: Path) -> None:
-    """Refuse a safetensors file that its tensors do not fill exactly; lite0.py checks its own format."""
+    """Refuse a safetensors file that its tensors do not fill exactly; conversion.py checks pickled ones."""
     if file.suffix != ".safetensors":
         return
     size = file.stat().st_size

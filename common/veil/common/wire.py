@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -20,13 +21,22 @@ from numpy.typing import NDArray
 
 from veil.common.delivery import Chunk, FileEntry, Manifest, Position, Progress, Standing
 from veil.common.errors import PlanError, RefusalCode, RunError
-from veil.common.exchange import Offer, OfferReply, RoundReply, RoundRequest, StatementReply, Willingness
+from veil.common.exchange import (
+    KeyReply,
+    Offer,
+    OfferReply,
+    RoundReply,
+    RoundRequest,
+    StatementReply,
+    Willingness,
+)
+from veil.common.masking import MOST_MEMBERS, Member
 from veil.common.plan import RunPlan
 from veil.common.schedule import ReleaseKind
 from veil.common.statement import SignedStatement
-from veil.common.update import Adapter, Update
+from veil.common.update import Adapter, MaskedUpdate, Update, packed, unpacked
 
-ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+ARRAYS, CONFIG, METRICS, MASKED = "arrays", "config", "metrics", "masked"
 
 OFFER = "offer"
 """The action of a query message that carries an offer."""
@@ -39,8 +49,11 @@ STATEMENT = "statement"
 """The action of a query message that asks a site to state, signed, what it did in a run; its content is the offer's."""
 
 
+KEYS = "keys"
+"""The action of a query message that asks a site for its public masking key; its content is the offer's."""
+
 _LARGEST_HALF = float(np.finfo(np.float16).max)
-_SENT = ("int8", "int16", "int32", "int64", "float16", "float32")
+_SENT = ("int8", "int16", "uint16", "int32", "int64", "float16", "float32")
 _POINTS = tuple(np.dtype(f"int{bits}") for bits in (8, 16, 32))
 
 
@@ -99,6 +112,8 @@ def encode_request(request: RoundRequest) -> RecordDict:
     }
     if request.witness:
         config["witness"] = request.witness
+    if request.members:
+        config |= {"attempt": request.attempt, **_encode_members(request.members)}
     arrays = encode_adapter(request.adapter, _adapter_bits(request.plan, request.kind))
     return RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord(config)})
 
@@ -126,6 +141,8 @@ def decode_request(content: RecordDict) -> RoundRequest:
             adapter=decode_adapter(content.array_records[ARRAYS], _adapter_bits(plan, kind)),
             nominal_units=float(str(config["nominal-units"])),
             witness=_digest(config.get("witness", "")),
+            members=_decode_members(config) if "members" in config else (),
+            attempt=_integer(config.get("attempt", 0)),
         )
     except (KeyError, ValueError, PlanError) as error:
         raise WireError(f"request: {type(error).__name__}: {error}") from None
@@ -139,12 +156,14 @@ def encode_reply(reply: RoundReply) -> RecordDict:
     if reply.units is not None:
         config["units"] = reply.units
     record = RecordDict({METRICS: MetricRecord({"num-examples": 1})})
-    if reply.update is None:
-        config["refusal"] = str(reply.refusal)
-    else:
+    if reply.update is not None:
         config["spacing"] = reply.update.spacing
-        points = {name: Array(np.ascontiguousarray(p)) for name, p in sorted(reply.update.points.items())}
-        record[ARRAYS] = ArrayRecord(points)
+        record[ARRAYS] = _arrays(reply.update.points)
+    elif reply.masked is not None:
+        config["spacing"] = reply.masked.spacing
+        record[MASKED] = _arrays({name: packed(words) for name, words in reply.masked.words.items()})
+    else:
+        config["refusal"] = str(reply.refusal)
     record[CONFIG] = ConfigRecord(config)
     return record
 
@@ -161,14 +180,33 @@ def decode_reply(content: RecordDict) -> RoundReply:
         head = _digest(config.get("head", ""))
         if "refusal" in config:
             return RoundReply(site=site, job=job, round=round_, refusal=RefusalCode(str(config["refusal"])), head=head)
-        points = {name: _numpy(array) for name, array in content.array_records[ARRAYS].items()}
-        if any(p.dtype not in _POINTS for p in points.values()):
-            raise WireError("an update holds lattice points of int8, int16 or int32 only")
-        update = Update(points=points, spacing=float(str(config["spacing"])))
+        spacing = float(str(config["spacing"]))
         units = _integer(config["units"]) if "units" in config else None
-        return RoundReply(site=site, job=job, round=round_, update=update, head=head, units=units)
+        update, masked = _update(content, spacing), _masked(content, spacing)
+        return RoundReply(site=site, job=job, round=round_, update=update, masked=masked, head=head, units=units)
     except (KeyError, ValueError) as error:
         raise WireError(f"reply: {type(error).__name__}: {error}") from None
+
+
+def _arrays(numbers: Mapping[str, NDArray[Any]]) -> ArrayRecord:
+    return ArrayRecord({name: Array(np.ascontiguousarray(one)) for name, one in sorted(numbers.items())})
+
+
+def _update(content: RecordDict, spacing: float) -> Update | None:
+    """Lattice points in the widths that travel."""
+    if ARRAYS not in content.array_records:
+        return None
+    points = {name: _numpy(array) for name, array in content.array_records[ARRAYS].items()}
+    if any(one.dtype not in _POINTS for one in points.values()):
+        raise WireError("an update holds lattice points of int8, int16 or int32 only")
+    return Update(points=points, spacing=spacing)
+
+
+def _masked(content: RecordDict, spacing: float) -> MaskedUpdate | None:
+    if MASKED not in content.array_records:
+        return None
+    words = {name: unpacked(_numpy(array)) for name, array in content.array_records[MASKED].items()}
+    return MaskedUpdate(words=words, spacing=spacing)
 
 
 def refuses(reply: Message) -> bool:
@@ -180,7 +218,10 @@ def refuses(reply: Message) -> bool:
 
 def encode_offer(offer: Offer) -> RecordDict:
     """The content of an offer."""
-    return RecordDict({CONFIG: ConfigRecord({"plan": offer.plan.public().to_json(), "job": offer.job})})
+    config: dict[str, Any] = {"plan": offer.plan.public().to_json(), "job": offer.job}
+    if offer.members:
+        config |= _encode_members(offer.members)
+    return RecordDict({CONFIG: ConfigRecord(config)})
 
 
 def decode_offer(content: RecordDict) -> Offer:
@@ -191,7 +232,11 @@ def decode_offer(content: RecordDict) -> Offer:
     """
     config = _config(content)
     try:
-        return Offer(plan=RunPlan.from_json(str(config["plan"])), job=_job(config["job"]))
+        return Offer(
+            plan=RunPlan.from_json(str(config["plan"])),
+            job=_job(config["job"]),
+            members=_decode_members(config) if "members" in config else (),
+        )
     except (KeyError, ValueError, PlanError) as error:
         raise WireError(f"offer: {type(error).__name__}: {error}") from None
 
@@ -413,3 +458,49 @@ def _octets(value: object) -> bytes:
     if not isinstance(value, bytes):
         raise WireError(f"{type(value).__name__}; expected bytes")
     return value
+
+
+def encode_key_reply(reply: KeyReply) -> RecordDict:
+    """The content of the answer to a request for a masking key."""
+    config: dict[str, Any] = {"job": reply.job}
+    if reply.member is not None:
+        config |= _encode_members([reply.member])
+    if reply.refusal is not None:
+        config["refusal"] = reply.refusal.value
+    return RecordDict({CONFIG: ConfigRecord(config)})
+
+
+def decode_key_reply(content: RecordDict) -> KeyReply:
+    """The inverse of `encode_key_reply`.
+
+    Raises:
+        WireError: when a part is missing or of the wrong type.
+    """
+    config = _config(content)
+    try:
+        job = _text(config["job"])
+        if "refusal" in config:
+            return KeyReply(job=job, refusal=RefusalCode(_text(config["refusal"])))
+        (member,) = _decode_members(config)
+        return KeyReply(job=job, member=member)
+    except (KeyError, ValueError) as error:
+        raise WireError(f"masking key: {type(error).__name__}: {error}") from None
+
+
+def _encode_members(members: Sequence[Member]) -> dict[str, Any]:
+    return {
+        "members": [one.site for one in members],
+        "masking-keys": [one.masking_key for one in members],
+        "signatures": [one.signature for one in members],
+        "public-keys": [one.public_pem for one in members],
+    }
+
+
+def _decode_members(config: ConfigRecord) -> tuple[Member, ...]:
+    columns = [_list(config[name]) for name in ("members", "masking-keys", "signatures", "public-keys")]
+    if len(columns[0]) > MOST_MEMBERS:
+        raise WireError(f"a cohort of {len(columns[0])}; expected at most {MOST_MEMBERS}")
+    return tuple(
+        Member(site=_text(site), masking_key=_octets(key), signature=_octets(signature), public_pem=_octets(pem))
+        for site, key, signature, pem in zip(*columns, strict=True)
+    )

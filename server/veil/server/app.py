@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from veil.common.mismatch import Mismatch
 from veil.common.plan import RunPlan
 from veil.common.update import Adapter
 from veil.common.wire import encode_adapter
+from veil.server.anomaly import AnomalyModel
+from veil.server.partners import ask_for_partners
 from veil.server.state import RoundRecord, RunState
 from veil.server.statements import Evidence, ask_for_statements
 from veil.server.strategy import SumOfUpdates
@@ -30,7 +33,9 @@ class Outcome:
         records: its rounds.
         estimated_units: public or released number of all units that train.
         evaluation: see `RunState`.
+        mismatch: see `RunState`.
         evidence: what the sites stated, signed, at the end.
+        anomaly: see `Descent`.
     """
 
     job: str
@@ -38,7 +43,9 @@ class Outcome:
     records: tuple[RoundRecord, ...]
     estimated_units: float
     evaluation: dict[str, tuple[int, ...]]
+    mismatch: dict[str, Mismatch]
     evidence: Evidence
+    anomaly: AnomalyModel | None = None
 
 
 def server_app(
@@ -67,7 +74,9 @@ def server_app(
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         resumed = bool(state.records)
-        strategy = SumOfUpdates(plan=plan, job=job, state=state, watch=watch, site_of=site_of)
+        shared = plan.privacy.noise == "distributed"
+        partners = ask_for_partners(grid, plan, job, site_of=site_of, keys=keys) if shared else None
+        strategy = SumOfUpdates(plan=plan, job=job, state=state, watch=watch, site_of=site_of, partners=partners)
         strategy.start(
             grid=grid,
             initial_arrays=encode_adapter(state.descent.adapter),
@@ -81,9 +90,11 @@ def server_app(
                 records=tuple(state.records),
                 estimated_units=state.descent.units,
                 evaluation=state.evaluation,
+                mismatch=state.mismatch,
                 evidence=ask_for_statements(
                     grid, plan, job, site_of=site_of, keys=keys, nodes=None if resumed else strategy.asked
                 ),
+                anomaly=state.descent.anomaly,
             )
         )
 

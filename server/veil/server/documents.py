@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from veil.common.certificate import RoundSites, assemble
+from veil.common.head import HEAD_FILE
 from veil.common.keys import NodeKey
 from veil.common.plan import RunPlan
 from veil.common.verdict import Verdict, judge_certificate
-from veil.server.model import HEAD_FILE
 from veil.server.model_card import model_card
 from veil.server.state import RoundRecord
 from veil.server.statement_page import statement_page

@@ -8,27 +8,34 @@ Promises that the folder needs nothing but torch and transformers, holds no pick
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from veil.common.errors import InputError, PlanError
-from veil.common.head import INTERCEPT, predict
-from veil.common.plan import Backbone, RunPlan
+from veil.common.head import CENTRE, HEAD_FILE, INTERCEPT, predict
+from veil.common.plan import STRUCTURED, Backbone, Form, RunPlan
 from veil.common.update import Adapter
 from veil.common.weights import fingerprint
+from veil.server.anomaly import ANOMALY_FILE, AnomalyModel
 
 if TYPE_CHECKING:
     from veil.common.lazy_backbone import LazyBackbone
 
-HEAD_FILE = "head/head.safetensors"
-"""The tuned part, in a model's folder."""
-
 _FACTS = "veil.json"
+_OUTPUTS: Mapping[Form, str] = {
+    "classification": "softmax(input @ head.weight.T)",
+    "multilabel": "sigmoid(input @ head.weight.T), each label's own probability",
+    "regression": "sigmoid(input @ head.weight.T), where the number lies in plan.task.target, 0 low and 1 high",
+    "tokens": "softmax(input @ head.weight.T) of the first token of each word",
+    "answers": "softmax over the tokens of input @ head.weight.T: where the answer starts and where it ends",
+    "generation": "the model's own head over its vocabulary; head.weight has no rows",
+    "detection": "softmax(input @ head.weight.T) of each detection token, nothing last; boxes are the model's own",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,13 +44,15 @@ class TunedModel:
 
     Attributes:
         plan: the public plan it was tuned by.
-        adapter: the head and the centre.
+        adapter: the head, the centre, and what was tuned below them.
         backbone: None for numeric features.
+        anomaly: the distribution of the training records' unit rows; None of a run that released no moments.
     """
 
     plan: RunPlan
     adapter: Adapter
     backbone: LazyBackbone | None
+    anomaly: AnomalyModel | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -62,6 +71,8 @@ class TunedModel:
             self._name_labels(folder / "config.json")
         (folder / HEAD_FILE).parent.mkdir()
         (folder / HEAD_FILE).write_bytes(self.adapter.to_bytes())
+        if self.anomaly is not None:
+            (folder / ANOMALY_FILE).write_bytes(self.anomaly.to_bytes())
         facts = {
             "plan": json.loads(self.plan.public().to_json()),
             "plan_sha256": self.plan.sha256,
@@ -69,12 +80,14 @@ class TunedModel:
             "head": {
                 "input": "unit(unit(features) - centre), then the intercept constant appended, then unit",
                 "intercept": INTERCEPT,
-                "output": "softmax(input @ head.weight.T)",
+                "output": _OUTPUTS[self.plan.task.form],
             },
         }
         (folder / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
     def _name_labels(self, path: Path) -> None:
+        if self.plan.task.form in STRUCTURED - {"tokens"}:
+            return
         config = json.loads(path.read_text(encoding="utf-8"))
         config["id2label"] = {str(index): label for index, label in enumerate(self.labels)}
         config["label2id"] = {label: index for index, label in enumerate(self.labels)}
@@ -97,6 +110,7 @@ class TunedModel:
                 f"a model folder with {_FACTS} and {HEAD_FILE}",
                 "give the folder `model` of a finished run",
             ) from None
+        anomaly = _read_anomaly(folder / ANOMALY_FILE, adapter)
         backbone = None
         if plan.backbone is not None:
             from veil.common.lazy_backbone import find_backbone
@@ -104,7 +118,7 @@ class TunedModel:
             source = f"path:{folder.resolve()}"
             pinned = Backbone(source=source, sha256=fingerprint(source, base=folder).sha256)
             backbone = find_backbone(pinned, plan.task, base=folder)
-        return cls(plan=plan, adapter=adapter, backbone=backbone)
+        return cls(plan=plan, adapter=adapter, backbone=backbone, anomaly=anomaly)
 
     def predict(
         self,
@@ -112,9 +126,73 @@ class TunedModel:
         *,
         advance: Callable[[int], None] | None = None,
     ) -> NDArray[np.float64]:
-        """Class probabilities of texts, image paths or rows of features, [n, classes]."""
+        """Answers to texts, paths of images or sounds, or rows of features, each from 0 to 1, [n, labels]: see
+        `veil.common.head.predict`."""
+        form = self.plan.task.form
         if isinstance(inputs, np.ndarray):
-            return predict(self.adapter, inputs)
+            return predict(self.adapter, inputs, form)
         if self.backbone is None:
             raise InputError("text or image input", "numeric features, as the model has no backbone", "give a table")
-        return predict(self.adapter, self.backbone.encode(inputs, advance=advance))
+        if self.plan.transfer.deep:
+            from veil.common.tunable import load_tunable
+
+            model = load_tunable(self.backbone, self.plan)
+            with model.at(self.adapter):
+                return model.probabilities(inputs, advance=advance)
+        return predict(self.adapter, self.features(inputs, advance=advance), form)
+
+    def features(
+        self,
+        inputs: Sequence[str] | Sequence[Path] | NDArray[np.floating],
+        *,
+        advance: Callable[[int], None] | None = None,
+    ) -> NDArray[np.floating]:
+        """What the frozen backbone makes of texts or paths, [n, d]; rows of features as they are."""
+        if isinstance(inputs, np.ndarray):
+            return inputs
+        if self.backbone is None:
+            raise InputError("text or image input", "numeric features, as the model has no backbone", "give a table")
+        return self.backbone.encode(inputs, advance=advance)
+
+    def distribution(self) -> AnomalyModel:
+        """Of the training records' unit rows.
+
+        Raises:
+            InputError: when the run released none.
+        """
+        if self.anomaly is None:
+            training, mode = self.plan.training, self.plan.transfer.mode
+            how = f'transfer.mode = "{mode}"' if self.plan.transfer.deep else f'algorithm = "{training.algorithm}"'
+            raise InputError(
+                f"anomaly scores of a model trained with {how}, in whose folder no {ANOMALY_FILE} is",
+                "a model of a run whose sites released the second moments of their features",
+                'train a head on frozen features with training.algorithm = "one-shot"',
+            )
+        return self.anomaly
+
+    def say(
+        self, inputs: Sequence[str] | Sequence[Path], *, advance: Callable[[int], None] | None = None
+    ) -> list[dict[str, Any]]:
+        """Answers with a structure, an object a record: `labels` of words, an `answer`, a `text`, or `boxes`."""
+        if self.backbone is None:
+            raise InputError("text or image input", "numeric features, as the model has no backbone", "give a table")
+        from veil.common.tunable import load_tunable
+
+        model = load_tunable(self.backbone, self.plan)
+        with model.at(self.adapter):
+            return model.answers(inputs, advance=advance)
+
+
+def _read_anomaly(path: Path, adapter: Adapter) -> AnomalyModel | None:
+    """None where there is no such file."""
+    try:
+        found = AnomalyModel.from_bytes(path.read_bytes())
+        if found.mean.shape != adapter.tensors[CENTRE].shape:
+            raise ValueError(f"a mean of {found.mean.size} features")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} ({error})", "the distribution that the run left there", "restore the model's folder, or remove it"
+        ) from None
+    return found

@@ -38,10 +38,14 @@ def initial_state(plan: RunPlan, shelf: Path, sites: int) -> RunState:
         sites: how many sites take part.
 
     Raises:
-        PlanError: when nothing says how many numeric features the sites have.
+        PlanError: when nothing says how many numeric features the sites have, or the mode does not fit the backbone.
         WeightsError: when the coordinator does not hold the backbone.
     """
     backbone = _backbone(plan, shelf)
+    if plan.transfer.deep and backbone is not None:
+        from veil.common.tunable import load_tunable
+
+        return RunState.start(plan, load_tunable(backbone, plan).initial(), sites)
     width = backbone.width if backbone is not None else plan.task.width
     if width is None:
         raise PlanError(
@@ -63,7 +67,10 @@ def write_result(
         if leftover.exists():
             shutil.rmtree(leftover)
     partial.mkdir()
-    tuned = TunedModel(plan=plan, adapter=state.descent.adapter, backbone=_backbone(plan, home.shelf))
+    descent = state.descent
+    tuned = TunedModel(
+        plan=plan, adapter=descent.adapter, backbone=_backbone(plan, home.shelf), anomaly=descent.anomaly
+    )
     tuned.save(partial / "model")
     report = build_run_report(plan, job.name, state, seconds)
     (partial / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

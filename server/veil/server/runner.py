@@ -165,7 +165,8 @@ class Runner:
         self._grid.cohort = [self._nodes[name] for name in state.cohort if name in self._nodes]
         if len(self._grid.cohort) < self.plan.cohort.min_sites:
             raise _too_few(sorted(set(state.cohort) & set(self._nodes)), state.declined, self.plan)
-        self._grid.enough = self.plan.cohort.min_sites
+        shared = self.plan.privacy.noise == "distributed"  # a masked sum needs every site that was asked
+        self._grid.enough = len(self._grid.cohort) if shared else self.plan.cohort.min_sites
         outcomes: list[Outcome] = []
         app = server_app(
             self.plan,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,23 @@ from safetensors.numpy import save
 
 from veil.common.durable import sync_folder
 from veil.common.errors import RunError
+from veil.common.mismatch import Mismatch
 from veil.common.plan import RunPlan
+from veil.common.privacy import NoiseShares
 from veil.common.schedule import ReleaseKind
+from veil.common.trained import is_tuned
 from veil.common.update import Adapter
+from veil.server.anomaly import AnomalyModel
 from veil.server.descent import Descent
+
+ALL_SITES = ""
+"""Stands for the whole cohort where single sites are not known; no site has this name."""
+
+_VELOCITY = "velocity."
+"""Before the name of a tuned tensor in a checkpoint, for its velocity."""
+
+_ANOMALY = "anomaly."
+"""Before the name of a tensor of the distribution of unit rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +53,7 @@ class RoundRecord:
         bytes_down: payload of one request.
         bytes_up: payload of the largest reply.
         seconds: from asking to having aggregated.
+        attempts: cohorts that were asked for a masked sum, the last one complete; 1 for every other release.
     """
 
     round: int
@@ -48,6 +63,13 @@ class RoundRecord:
     bytes_down: int
     bytes_up: int
     seconds: float
+    attempts: int = 1
+
+    def shares(self, plan: RunPlan) -> NoiseShares | None:
+        """How the sites shared this round's noise; None where each added all of it."""
+        if plan.privacy.noise == "local":
+            return None
+        return NoiseShares(sites=len(self.sites), colluding=plan.cohort.colluding(len(self.sites)))
 
 
 @dataclass(kw_only=True)
@@ -59,8 +81,11 @@ class RunState:
         records: the rounds so far.
         heads: site to the hash of the last ledger line seen of it.
         units: site to an upper bound on its number of units, from its own noisy count.
-        evaluation: site to what it released of the tuned model on its held-out units, lattice points.
+        evaluation: site to what it released of the tuned model on its held-out units, lattice points; of a masked sum,
+            the sum under `ALL_SITES`.
         declared: site to its exact number of units, of sites whose policy declares it public.
+        mismatch: site to how far its mean feature lies from the others', from the centring round; empty without one,
+            of a masked sum, and where an earlier version took that round in.
         cohort: names of the sites that take part; a simulation, where all do, leaves it empty.
         declined: sites that do not, and why.
     """
@@ -71,6 +96,7 @@ class RunState:
     units: dict[str, float] = field(default_factory=dict)
     evaluation: dict[str, tuple[int, ...]] = field(default_factory=dict)
     declared: dict[str, int] = field(default_factory=dict)
+    mismatch: dict[str, Mismatch] = field(default_factory=dict)
     cohort: tuple[str, ...] = ()
     declined: dict[str, str] = field(default_factory=dict)
 
@@ -90,11 +116,17 @@ class RunState:
             "units": {site: units.hex() for site, units in self.units.items()},
             "evaluation": self.evaluation,
             "declared": self.declared,
+            "mismatch": {site: found.to_report() for site, found in self.mismatch.items()},
             "cohort": self.cohort,
             "declined": self.declined,
         }
         text = json.dumps(header)
-        tensors = {"weight": self.descent.weight, "centre": self.descent.centre}
+        descent = self.descent
+        tensors = {"weight": descent.weight, "centre": descent.centre, "velocity": descent.velocity}
+        tensors |= descent.tuned
+        tensors |= {f"{_VELOCITY}{name}": one for name, one in descent.tuned_velocity.items()}
+        if descent.anomaly is not None:
+            tensors |= {f"{_ANOMALY}{name}": one for name, one in descent.anomaly.tensors.items()}
         metadata = {"veil": text, "sha256": _digest(text, **tensors)}
         partial = path.with_name(f".{path.name}.partial")
         with partial.open("wb") as file:
@@ -114,13 +146,13 @@ class RunState:
         try:
             with safe_open(path, framework="numpy") as file:
                 text, sha256 = file.metadata()["veil"], file.metadata()["sha256"]
-                weight, centre = file.get_tensor("weight"), file.get_tensor("centre")
-            if sha256 != _digest(text, weight, centre):
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+            if sha256 != _digest(text, **tensors):
                 raise ValueError("another content than its SHA-256 says")
             header = json.loads(text)
             if header["plan"] != plan.sha256:
                 raise ValueError("another plan")
-            return cls._from(header, weight, centre, plan)
+            return cls._from(header, tensors, plan)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(
                 f"checkpoint {path} ({type(error).__name__}: {error})",
@@ -129,15 +161,22 @@ class RunState:
             ) from None
 
     @classmethod
-    def _from(
-        cls, header: dict[str, Any], weight: NDArray[np.float64], centre: NDArray[np.float64], plan: RunPlan
-    ) -> RunState:
+    def _from(cls, header: dict[str, Any], tensors: Mapping[str, NDArray[np.float64]], plan: RunPlan) -> RunState:
+        anomaly = {name.removeprefix(_ANOMALY): np.array(t) for name, t in tensors.items() if name.startswith(_ANOMALY)}
         descent = Descent(
             plan=plan,
             sites=int(header["sites"]),
-            weight=np.array(weight),
-            centre=np.array(centre),
+            weight=np.array(tensors["weight"]),
+            centre=np.array(tensors["centre"]),
+            velocity=np.array(tensors["velocity"]),
             units=float.fromhex(header["estimated-units"]),
+            tuned={name: np.array(one) for name, one in tensors.items() if is_tuned(name)},
+            tuned_velocity={
+                name.removeprefix(_VELOCITY): np.array(one)
+                for name, one in tensors.items()
+                if name.startswith(_VELOCITY)
+            },
+            anomaly=AnomalyModel.from_tensors(anomaly) if anomaly else None,
         )
         return cls(
             descent=descent,
@@ -146,14 +185,15 @@ class RunState:
             units={site: float.fromhex(number) for site, number in header["units"].items()},
             evaluation={site: tuple(map(int, points)) for site, points in header["evaluation"].items()},
             declared=dict(header["declared"]),
+            mismatch={site: Mismatch.from_report(one) for site, one in header.get("mismatch", {}).items()},
             cohort=tuple(header["cohort"]),
             declined=dict(header["declined"]),
         )
 
 
-def _digest(text: str, weight: NDArray[np.float64], centre: NDArray[np.float64]) -> str:
+def _digest(text: str, **tensors: NDArray[np.float64]) -> str:
     """SHA-256 over a checkpoint's header and the bytes of its tensors."""
-    return hashlib.sha256(text.encode() + weight.tobytes() + centre.tobytes()).hexdigest()
+    return hashlib.sha256(text.encode() + b"".join(tensors[name].tobytes() for name in sorted(tensors))).hexdigest()
 
 
 def _record(fields: dict[str, object]) -> RoundRecord:

@@ -14,6 +14,7 @@ from veil.common.certificate import Certificate
 from veil.common.plan import RunPlan
 from veil.common.statement import Releases, key_fingerprint
 from veil.common.statement_check import CheckedSite
+from veil.common.truths import SAID
 from veil.common.verdict import Verdict, Word
 from veil.server.paper import code, heading, notice, paragraph, points, sheet, table, under
 
@@ -27,13 +28,15 @@ RELEASED = {
     "centre": "mean of the records' features, and their number, both blurred with noise",
     "gradient": "direction in which the records would move the model, summed over all and blurred with noise",
     "delta": "change of the model after training at the site, blurred with noise",
-    "evaluation": "counts of right and wrong answers on records held out, blurred with noise",
+    "statistics": "how the records' features vary together, and their sums and numbers by answer, blurred with noise",
+    "evaluation": "how right or wrong the answers are on records held out, counted or summed and blurred with noise",
 }
 
 _INPUTS = {
-    "text-classification": "texts",
-    "image-classification": "images",
-    "tabular-classification": "rows of numbers",
+    "text": "texts",
+    "image": "images",
+    "audio": "sounds",
+    "tabular": "rows of numbers",
 }
 
 _NOT_PROMISED = (
@@ -75,6 +78,7 @@ def statement_page(certificate: Certificate, verdict: Verdict, plan: RunPlan) ->
             ("Site", "ε of this run", "its limit", "ε of all runs so far", "its limit", "δ"),
             (cost_row(name, site) for name, site in verdict.sites.items()),
         ),
+        *(paragraph(words) for words in _shared(verdict.sites)),
         *(paragraph(words) for words in _audits(verdict.sites)),
         *(paragraph(f"{site}: no statement ({why}).") for site, why in sorted(certificate.missing.items())),
         heading("What ε means"),
@@ -106,17 +110,27 @@ def notices(certificate: Certificate, verdict: Verdict) -> Iterator[str]:
 
 
 def _trained(plan: RunPlan, sites: int) -> str:
-    labels = ", ".join(plan.task.labels)
-    inputs = _INPUTS[plan.task.kind]
+    inputs = _INPUTS[plan.task.modality]
     start = (
         "It starts from nothing but the numbers."
         if plan.backbone is None
         else f"The pretrained model {plan.backbone.source} stayed as it was; only its last layer was made anew."
     )
     return (
-        f"A model that reads {inputs} and answers one of: {labels}. {sites} sites taught it together from their own "
+        f"A model that reads {inputs} and answers {asked(plan)}. {sites} sites taught it together from their own "
         f"{inputs}, which stayed where they are. {start} What is protected at each site: every {plan.privacy.unit}."
     )
+
+
+def asked(plan: RunPlan) -> str:
+    """What a model of the plan answers, in words."""
+    labels = ", ".join(plan.task.labels)
+    if plan.task.target is not None:
+        low, high = plan.task.target
+        return f"with a number, {labels}, from {low:g} to {high:g}"
+    if plan.task.form in SAID:
+        return SAID[plan.task.form].format(labels)
+    return f"any of: {labels}" if plan.task.form == "multilabel" else f"one of: {labels}"
 
 
 def _left(sites: Mapping[str, CheckedSite]) -> Iterator[tuple[str, str, str, str]]:
@@ -147,6 +161,28 @@ def shown(epsilon: float | None) -> str:
     if epsilon is None or math.isinf(epsilon):
         return "unlimited"
     return f"{math.ceil(epsilon * 1000 - 1e-9) / 1000:.3f}"
+
+
+def _shared(sites: Mapping[str, CheckedSite]) -> Iterator[str]:
+    """What sharing noise leans on, and what is left where it does not hold."""
+    sharing = {name: site for name, site in sites.items() if site.this_run_alone is not None}
+    if not sharing:
+        return
+    sums = {one.shared for site in sharing.values() for one in site.statement.releases if one.shared is not None}
+    most = max(sums, key=lambda one: one.colluding)
+    yield (
+        f"The sites shared the noise: each added a part, and what it sent was hidden behind masks that cancel only in "
+        f"the sum over all. The costs above hold for everybody who sees that sum, also if {most.colluding} of "
+        f"{most.sites} sites work with the coordinator. If the masks of a site were taken off (all its partners "
+        "lie, or their keys were stolen), what it sent has its own part of the noise only. Then this run cost, "
+        "and all runs so far: "
+        + "; ".join(
+            f"{name} {shown(site.this_run_alone.epsilon if site.this_run_alone else None)}, "
+            f"{shown(site.lifetime_alone.epsilon if site.lifetime_alone else None)}"
+            for name, site in sharing.items()
+        )
+        + "."
+    )
 
 
 def _audits(sites: Mapping[str, CheckedSite]) -> Iterator[str]:

@@ -12,9 +12,13 @@ import math
 
 import numpy as np
 
+from veil.common.errors import RunError
 from veil.common.exchange import RoundReply
-from veil.common.schedule import CENTRE_NORM, COUNT_WEIGHT, DEFAULT_LOCAL_RATE, Release, ReleaseKind
-from veil.common.update import Points, Update, doublings
+from veil.common.moments import CLASS_WEIGHT
+from veil.common.noise import clip_bound
+from veil.common.privacy import NoiseShares
+from veil.common.schedule import COUNT_WEIGHT, DEFAULT_LOCAL_RATE, Release, ReleaseKind
+from veil.common.update import MaskedUpdate, Points, Update, doublings
 from veil.common.wire import WireError
 from veil.server.descent import Descent
 
@@ -37,8 +41,10 @@ def validate(reply: RoundReply, job: str, release: Release, descent: Descent, *,
         WireError: for another job or round, a tensor that is not the one asked for, integers of another width, a
             lattice that is not the plan's or coarser than it need be, or an update that is too long.
     """
-    if reply.update is None:
+    if reply.refusal is not None:
         return None
+    if reply.update is None:
+        raise WireError("masked numbers where single updates were asked for")
     if (reply.job, reply.round) != (job, release.round):
         raise WireError(f"a reply to round {reply.round} of {reply.job}")
     name, shape = descent.expected_shape(release)
@@ -49,6 +55,62 @@ def validate(reply: RoundReply, job: str, release: Release, descent: Descent, *,
     if not length <= bound:
         raise WireError(f"an update of length {length:.4g}, above {bound:.4g}")
     return reply.update
+
+
+def validate_masked(reply: RoundReply, job: str, release: Release, descent: Descent) -> MaskedUpdate | None:
+    """A masked reply, or None for a refusal; what is behind the masks, only the sum of all shows.
+
+    Raises:
+        WireError: for another job or round, a tensor that is not the one asked for, or another lattice.
+    """
+    if reply.refusal is not None:
+        return None
+    if reply.masked is None:
+        raise WireError("an update without masks")
+    if (reply.job, reply.round) != (job, release.round):
+        raise WireError(f"a reply to round {reply.round} of {reply.job}")
+    name, shape = descent.expected_shape(release)
+    if set(reply.masked.words) != {name} or reply.masked.words[name].shape != shape:
+        raise WireError(f"masked numbers of other tensors than {name} {shape}")
+    if reply.masked.spacing != release.spacing:
+        raise WireError(f"masked numbers on a lattice of spacing {reply.masked.spacing:g}")
+    return reply.masked
+
+
+def check_sum(total: Update, release: Release, descent: Descent, shares: NoiseShares, *, units: float | None) -> None:
+    """Refuse a masked sum that is longer than honest sites' could be: somebody in the cohort did not clip, or lied.
+
+    Who it was stays hidden; the model was not touched.
+
+    Args:
+        total: the sum.
+        release: its round.
+        descent: for the divisor of local steps.
+        shares: how the noise was shared.
+        units: upper bound on the units of all members; the plan's `cohort.max_units` each where None.
+
+    Raises:
+        RunError: naming the length and the bound.
+    """
+    (points,) = total.points.values()
+    mechanism = release.mechanism
+    most = shares.sites * float(descent.plan.cohort.max_units) if units is None else units
+    if release.kind is ReleaseKind.EVALUATION and units is not None and descent.plan.evaluation is not None:
+        most = most_held_out(units, descent.plan.evaluation.holdout)
+    noise = mechanism.noise_multiplier * math.sqrt(shares.excess) * (math.sqrt(points.size) + _DEVIATIONS)
+    bound = mechanism.max_grad_norm * (most + noise)
+    length = float(np.linalg.norm(points.astype(np.float64))) * total.spacing
+    if not length <= bound:
+        raise RunError(
+            f"the masked sum of round {release.round} has length {length:.4g}",
+            f"at most {bound:.4g}, as {shares.sites} honest sites' has",
+            'a site sent what it must not; privacy.noise = "local" shows single updates, and which one it is',
+        )
+
+
+def counted_together(total: Update, release: Release, shares: NoiseShares, classes: int) -> float | None:
+    """The members' noisy number of units plus what noise may hide, from their masked sum; None for kinds without."""
+    return _counted(total, release, classes, noises=shares.excess, rounded=0.0)
 
 
 def shortest(points: Points, spacing: float, release: Release) -> float:
@@ -72,14 +134,25 @@ def shortest(points: Points, spacing: float, release: Release) -> float:
     return float(np.linalg.norm(np.maximum(sizes - 0.5, 0.0) if k else sizes)) * spacing
 
 
-def counted_units(update: Update, release: Release) -> float | None:
-    """A site's noisy number of units plus what noise and rounding may hide, from its centring release; None for other
-    kinds."""
-    if release.kind is not ReleaseKind.CENTRE:
+def counted_units(update: Update, release: Release, classes: int) -> float | None:
+    """A site's noisy number of units plus what noise and rounding may hide, from its first release; None for other
+    kinds than those that count."""
+    return _counted(update, release, classes, noises=1.0, rounded=0.5)
+
+
+def _counted(update: Update, release: Release, classes: int, *, noises: float, rounded: float) -> float | None:
+    """`noises` is the variance of the noise in units of the mechanism's, `rounded` how far a number may be from its
+    point."""
+    counting = {ReleaseKind.CENTRE: (1, COUNT_WEIGHT), ReleaseKind.STATISTICS: (classes, CLASS_WEIGHT)}
+    if release.kind not in counting:
         return None
     (points,) = update.points.values()
-    deviation = release.mechanism.noise_multiplier * CENTRE_NORM
-    return max(1.0, ((float(points[-1]) + 0.5) * update.spacing + _DEVIATIONS * deviation) / COUNT_WEIGHT)
+    last, weight = counting[release.kind]
+    mechanism = release.mechanism
+    deviation = mechanism.noise_multiplier * mechanism.max_grad_norm * math.sqrt(last * noises)
+    counted = (float(points[-last:].sum(dtype=np.int64)) + rounded * last) * update.spacing
+    clipped = clip_bound(mechanism.max_grad_norm, points.size) / mechanism.max_grad_norm
+    return max(1.0, (counted + _DEVIATIONS * deviation) / (weight * clipped))
 
 
 def longest(release: Release, descent: Descent, size: int, units: float | None) -> float:

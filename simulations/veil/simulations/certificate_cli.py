@@ -126,6 +126,7 @@ def _lines(verdict: Verdict) -> Iterator[str]:
         if verdict.run.simulation:
             yield "SIMULATION: the sites were simulated on one machine; this vouches for no real site"
         yield from _table(verdict)
+        yield from _alone(verdict)
     for site, why in sorted(verdict.missing.items()):
         yield f"{site}: no statement ({why})"
     for finding in verdict.findings:
@@ -149,6 +150,16 @@ def _table(verdict: Verdict) -> Iterator[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _alone(verdict: Verdict) -> Iterator[str]:
+    """What masked sums would have cost without their masks."""
+    for name, site in verdict.sites.items():
+        if site.this_run_alone is not None and site.lifetime_alone is not None:
+            yield (
+                f"{printable(name)}: noise was shared; if its masks were taken off, ε of this run "
+                f"{site.this_run_alone.epsilon:.6g}, of all runs {site.lifetime_alone.epsilon:.6g}"
+            )
 
 
 def _row(name: str, site: CheckedSite) -> Sequence[str]:

@@ -6,6 +6,7 @@ Promises that every process it started has ended when it is left, and that each 
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -17,9 +18,11 @@ from types import TracebackType
 from typing import Any, Self
 
 from veil.client.joining import join
-from veil.client.site_file import SITE_FILE, SiteFile
+from veil.client.site_file import SITE_FILE, SiteFile, read_site_file
 from veil.common.errors import RunError
 from veil.common.invitation import Invitation
+from veil.common.keys import NodeKey
+from veil.common.statement import key_fingerprint
 from veil.common.supervision import Child
 from veil.server.home import Home, Settings
 from veil.server.jobs import Job
@@ -116,6 +119,16 @@ class Deployment:
         answers = {"data": data, "limits": limits, "agent": {"health_address": "", "metrics_address": "", **agent}}
         self.sites[name] = join(invitation, self.site_folder(name), lambda: answers)
         return self.sites[name]
+
+    def introduce(self) -> None:
+        """Pin every site's key at every other, as their operators do after they read them out to each other."""
+        pins = {name: key_fingerprint(NodeKey.load(file.agent.key).public_pem) for name, file in self.sites.items()}
+        for name in self.sites:
+            path = self.site_folder(name) / SITE_FILE
+            lines = [f"{json.dumps(other)} = {json.dumps(pin)}\n" for other, pin in pins.items() if other != name]
+            with path.open("a", encoding="utf-8") as file:
+                file.write("\n[peers]\n" + "".join(lines))
+            self.sites[name] = read_site_file(path)
 
     def invite(self, name: str) -> Invitation:
         """An invitation for a site, as the coordinator's operator makes it."""

@@ -14,6 +14,7 @@ from veil.client.app import client_app
 from veil.common.errors import RunError
 from veil.common.head import initial_adapter
 from veil.common.plan import RunPlan
+from veil.common.update import Adapter
 from veil.server.app import Outcome, server_app
 from veil.server.state import RunState
 from veil.simulations.engine import run_apps
@@ -32,6 +33,7 @@ def federate(
     width: int,
     engine: Engine = Engine.INPROCESS,
     watch: Callable[[RunState], None] = lambda state: None,
+    initial: Adapter | None = None,
 ) -> Outcome:
     """Run a plan over a workspace's sites.
 
@@ -42,6 +44,7 @@ def federate(
         width: number of features.
         engine: where the apps run.
         watch: called after each round.
+        initial: what a tuned model starts from; without it, a zero head.
 
     Raises:
         VeilError: whatever stopped the run.
@@ -50,7 +53,7 @@ def federate(
     server = server_app(
         plan.public(),
         job=f"{plan.name}-{uuid.uuid4().hex[:12]}",
-        state=RunState.start(plan.public(), initial_adapter(plan, width), sites),
+        state=RunState.start(plan.public(), initial or initial_adapter(plan, width), sites),
         watch=watch,
         deliver=outcomes.append,
     )

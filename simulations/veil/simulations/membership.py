@@ -20,7 +20,8 @@ from veil.client.units import Units
 from veil.common.exchange import RoundRequest
 from veil.common.head import initial_adapter, predict
 from veil.common.noise import NoiseSource, OSNoise
-from veil.common.plan import Cohort, RunPlan
+from veil.common.objective import OBJECTIVES, Targets, form_of
+from veil.common.plan import Cohort, Form, RunPlan
 from veil.common.privacy.auditing import Separation
 from veil.common.schedule import schedule
 from veil.common.update import Adapter
@@ -77,9 +78,14 @@ def attack_membership(
         advance: called with 1 after each of the 2 · `heads` heads.
     """
     alone = plan.model_copy(
-        update={"cohort": Cohort(min_sites=1, nominal_units=RECORDS // 2), "evaluation": None, "simulation": None}
+        update={
+            "cohort": Cohort(min_sites=1, nominal_units=RECORDS // 2),
+            "privacy": plan.privacy.model_copy(update={"noise": "local"}),  # one site has nobody to share it with
+            "evaluation": None,
+            "simulation": None,
+        }
     )
-    population = _population(len(plan.task.labels))
+    population = _population(plan.task.form, len(plan.task.labels))
     members = _halves(heads)
 
     def separation(noise: Callable[[], NoiseSource]) -> Separation:
@@ -97,13 +103,19 @@ def attack_membership(
     )
 
 
-def _population(classes: int) -> Units:
-    """Records around one mean for each class, so close that some can only be learnt by heart."""
+def _population(form: Form, labels: int) -> Units:
+    """Records around one mean for each class, so close that some can only be learnt by heart; around the sum of the
+    means of the labels that a record has, or so far along one as its number is large."""
     random = np.random.default_rng()
-    labels = random.integers(0, classes, size=RECORDS)
-    means = random.normal(size=(classes, WIDTH)) * _SEPARATION / np.sqrt(WIDTH)
-    features = means[labels] + random.normal(size=(RECORDS, WIDTH))
-    return Units(features=features, labels=labels, unit=np.arange(RECORDS), count=RECORDS)
+    means = random.normal(size=(labels, WIDTH)) * _SEPARATION / np.sqrt(WIDTH)
+    truth: Targets = random.integers(0, labels, size=RECORDS)
+    if form == "multilabel":
+        truth = random.integers(0, 2, size=(RECORDS, labels)).astype(np.float64)
+    elif form == "regression":
+        truth = random.random(RECORDS)
+    middle = means[truth] if form == "classification" else truth.reshape(RECORDS, labels) @ means
+    features = middle + random.normal(size=(RECORDS, WIDTH))
+    return Units(features=features, labels=truth, unit=np.arange(RECORDS), count=RECORDS)
 
 
 def _halves(heads: int) -> NDArray[np.bool_]:
@@ -136,8 +148,10 @@ def _tune(plan: RunPlan, units: Units, noise: NoiseSource) -> Adapter:
 
 
 def _confidence(adapter: Adapter, population: Units) -> NDArray[np.float64]:
-    """Logit of the probability of each record's own label, [records]."""
-    right = predict(adapter, population.features)[np.arange(RECORDS), population.labels]
+    """Logit of the probability of each record's own label, [records]; of several labels, or of a number, of the one
+    whose logarithm is their mean loss."""
+    form = form_of(population.labels)
+    right = np.exp(-OBJECTIVES[form].losses(predict(adapter, population.features, form), population.labels))
     logits: NDArray[np.float64] = np.log(right + _FLOOR) - np.log(1 - right + _FLOOR)
     return logits
 

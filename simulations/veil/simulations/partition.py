@@ -16,12 +16,14 @@ import numpy.typing as npt
 
 from veil.client.examples import Examples
 from veil.common.errors import InputError
+from veil.common.objective import Targets, classes_of, form_of
 from veil.common.plan import Simulation
 
 Integers = npt.NDArray[np.int64]
 
 MIN_TRAINING_UNITS = 2
 _ATTEMPTS = 1000
+_PARTS = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -45,7 +47,7 @@ class _Units:
 
     Attributes:
         of_record: [n], each record's unit.
-        label: [units], each unit's most frequent class, the first one in a tie.
+        label: [units], each unit's most frequent stratum (see `_strata`), the first one in a tie.
         site: [units], index of the unit's site by the site column, or None without one.
     """
 
@@ -65,7 +67,7 @@ def partition(
         simulation: how to divide, into how many sites, and the test fraction.
         seed: for the public random choices.
         delta: the run's target δ, which must be below 1/units of every site.
-        labels: the plan's classes.
+        labels: the plan's labels.
 
     Returns:
         One share per site, sorted by site name.
@@ -77,14 +79,15 @@ def partition(
     rng = np.random.default_rng(seed)
     by_column = simulation.partition == "site-column"
     names, record_site = _site_column(examples) if by_column else (_numbered(simulation.sites or 1), None)
-    units = _units(examples, record_site, len(labels))
+    strata, count = _strata(examples.labels, len(labels))
+    units = _units(examples, strata, record_site, count)
     if len(units.label) < max(len(names), 1):
         raise InputError(
             f"{len(names)} sites and {len(units.label)} units",
             "at least one unit (record or patient) per site",
             "lower simulation.sites or give more records",
         )
-    site = _assigned(units, simulation, len(names), len(labels), rng)
+    site = _assigned(units, simulation, len(names), count, rng)
     shares = tuple(
         _share(name, np.flatnonzero(site == index), units, simulation.test_fraction, rng)
         for index, name in enumerate(names)
@@ -112,13 +115,25 @@ def _numbered(sites: int) -> tuple[str, ...]:
     return tuple(f"site-{number:0{width}d}" for number in range(1, sites + 1))
 
 
-def _units(examples: Examples, record_site: Integers | None, classes: int) -> _Units:
+def _strata(targets: Targets, labels: int) -> tuple[Integers, int]:
+    """What training and test get even parts of, [n] and how many there are: the class; of several labels the rarest one
+    that a record has, or that it has none; of a number the fifth of its public range."""
+    form = form_of(targets)
+    if form == "classification":
+        return classes_of(targets), labels
+    if form == "regression":
+        return np.minimum(targets * _PARTS, _PARTS - 1).astype(np.int64), _PARTS
+    rarest = np.where(targets > 0, targets.sum(axis=0), np.inf).argmin(axis=1)
+    return np.where(targets.any(axis=1), rarest, labels).astype(np.int64), labels + 1
+
+
+def _units(examples: Examples, strata: Integers, record_site: Integers | None, classes: int) -> _Units:
     groups = examples.units if examples.patients is None else examples.patients
     names, codes = np.unique(groups, return_inverse=True)
     pair = codes if record_site is None else record_site * len(names) + codes
     kept, of_record = np.unique(pair, return_inverse=True)
     votes = np.zeros((len(kept), classes), dtype=np.int64)
-    np.add.at(votes, (of_record, examples.labels), 1)
+    np.add.at(votes, (of_record, strata), 1)
     return _Units(
         of_record=of_record.astype(np.int64),
         label=votes.argmax(axis=1).astype(np.int64),
@@ -204,6 +219,8 @@ def _check_units(share: Share, units: _Units, simulation: Simulation) -> None:
 
 
 def _check_classes(share: Share, examples: Examples, simulation: Simulation, labels: Sequence[str]) -> None:
+    if form_of(examples.labels) != "classification":
+        return
     present = np.unique(examples.labels[share.train])
     if len(present) < 2 and not simulation.allow_single_class_sites:
         raise InputError(

@@ -45,7 +45,8 @@ class Rehearsal:
         round_s: median seconds of a round after the first, from asking to having aggregated.
         largest_difference: of the deployed adapter from the simulated one; None where noise was not repeated.
         same_adapter: whether every number of both adapters is the same; None likewise.
-        accuracy: of the deployed adapter on the held-out records.
+        accuracy: of the deployed adapter on the held-out records; None for a number.
+        r2: of a number, share of its variance that is explained; None for labels.
     """
 
     private: bool
@@ -54,7 +55,8 @@ class Rehearsal:
     round_s: float
     largest_difference: float | None
     same_adapter: bool | None
-    accuracy: float
+    accuracy: float | None
+    r2: float | None
 
 
 def rehearse(plan: RunPlan, *, base: Path, output: Path, progress: Progress, repeatable: bool) -> Rehearsal:
@@ -83,6 +85,8 @@ def rehearse(plan: RunPlan, *, base: Path, output: Path, progress: Progress, rep
     output.mkdir(parents=True)
     with Deployment.create(output) as deployment:
         enrol(deployment, pool, simulation, base)
+        if plan.privacy.noise == "distributed":
+            deployment.introduce()
         for name in deployment.sites:
             deployment.start_site(name, fixed_noise=repeatable)
         job = submit(deployment.home, plan, base=base, sites=())
@@ -106,10 +110,11 @@ def enrol(deployment: Deployment, pool: Pool, simulation: Simulation, base: Path
     """
     source = table_path(simulation.path, base)
     frame, privacy = read_table(source, named_columns(simulation)), pool.plan.privacy
-    if simulation.image is not None:
-        frame[simulation.image] = [str((source.parent / one).resolve()) for one in frame[simulation.image]]
+    if (files := simulation.image or simulation.audio) is not None:
+        frame[files] = [str((source.parent / one).resolve()) for one in frame[files]]
     columns = simulation.model_dump(include=set(Columns.model_fields), exclude_none=True)
-    columns["labels"] = simulation.labels or {label: label for label in pool.plan.task.labels}
+    if simulation.form != "regression":
+        columns["labels"] = simulation.labels or {label: label for label in pool.plan.task.labels}
     limits = {
         "epsilon_per_run": privacy.target_epsilon,
         "epsilon_lifetime": privacy.target_epsilon * runs,
@@ -161,6 +166,7 @@ def _show(plan: RunPlan, pool: Pool, state: RunState, output: Path) -> Rehearsal
     repeatable = plan.simulation is not None and plan.simulation.noise == "fixed"
     adapter = state.descent.adapter
     apart = difference(adapter, _simulated(plan, pool, output / "simulation")) if repeatable else None
+    scores = pool.score(adapter, pool.test)
     return Rehearsal(
         private=not repeatable,
         sites=state.cohort,
@@ -168,14 +174,16 @@ def _show(plan: RunPlan, pool: Pool, state: RunState, output: Path) -> Rehearsal
         round_s=statistics.median(record.seconds for record in state.records[1:] or state.records),
         largest_difference=apart,
         same_adapter=None if apart is None else apart == 0.0,
-        accuracy=pool.score(adapter, pool.test).accuracy,
+        accuracy=scores.accuracy,
+        r2=scores.r2,
     )
 
 
 def _simulated(plan: RunPlan, pool: Pool, folder: Path) -> Adapter:
     """The adapter of the same plan, seeds and shares without a network."""
     workspace = pool.lay_down(folder / "sites", pool.shares)
-    outcome = federate(plan, workspace, sites=len(pool.shares), width=pool.features.shape[1])
+    width, initial = pool.features.shape[1], pool.with_plan(plan).initial()
+    outcome = federate(plan, workspace, sites=len(pool.shares), width=width, initial=initial)
     close_workspaces()
     shutil.rmtree(folder)
     return outcome.adapter

@@ -14,11 +14,20 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
+from veil.client.comparison import Estimate
+from veil.client.personal import EPSILON, Origin
+from veil.common.mismatch import Mismatch
 from veil.common.plan import RunPlan
 from veil.common.privacy import NeighboringRelation, PrivacySpent
-from veil.server.run_report import evaluation_report, wire_bytes
+from veil.server.run_report import backbone_report, evaluation_report, mismatch_report, wire_bytes
 from veil.server.state import RoundRecord
 from veil.simulations.evaluation import Scores
+from veil.simulations.selection import Overall, SiteSelection
+
+_SELECTOR = (
+    "Each site compared the federated head with its own and with a correction of it, on its own records and without "
+    "noise. Neither heads nor figures of it left a site, so that it costs no privacy."
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +45,7 @@ class SiteResult:
         federated: the common model on the site's held-out records.
         local_only: its own model on them, where asked for.
         local_only_everywhere: its own model on all sites' held-out records.
+        selection: which head it keeps, where asked for.
     """
 
     name: str
@@ -48,6 +58,7 @@ class SiteResult:
     federated: Scores
     local_only: Scores | None
     local_only_everywhere: Scores | None
+    selection: SiteSelection | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,12 +67,12 @@ class Curve:
 
     Attributes:
         round: 0 for the centring round.
-        accuracy: of the common model on held-out records.
+        scores: of the common model on held-out records.
         epsilon: spent so far at the site that spent most; infinite when not private.
     """
 
     round: int
-    accuracy: float
+    scores: Scores
     epsilon: float
 
 
@@ -78,11 +89,18 @@ class SimulationResult:
     engine: str
     estimated_units: float
     evaluation: dict[str, tuple[int, ...]]
+    mismatch: dict[str, Mismatch]
+    groups: dict[str, Any] | None = None
 
     @property
     def private(self) -> bool:
         """Whether the noise came from the operating system."""
         return self.plan.simulation is not None and self.plan.simulation.noise == "os"
+
+    @property
+    def selections(self) -> tuple[SiteSelection, ...]:
+        """What the sites chose, where they were asked."""
+        return tuple(site.selection for site in self.sites if site.selection)
 
 
 def build_report(result: SimulationResult) -> dict[str, Any]:
@@ -100,7 +118,7 @@ def build_report(result: SimulationResult) -> dict[str, Any]:
         },
         "plan": json.loads(plan.to_json()),
         "plan_sha256": plan.sha256,
-        "backbone": _backbone(plan),
+        "backbone": backbone_report(plan),
         "privacy": {
             "unit": plan.privacy.unit.value,
             "relation": NeighboringRelation.ADD_OR_REMOVE_ONE.value,
@@ -109,9 +127,12 @@ def build_report(result: SimulationResult) -> dict[str, Any]:
             "noise": plan.simulation.noise if plan.simulation else "os",
         },
         "sites": [_site(site) for site in result.sites],
-        "metrics": {name: asdict(scores) for name, scores in result.metrics.items()},
+        "metrics": {name: scores.to_report() for name, scores in result.metrics.items()},
         "per_site": [_per_site(site) for site in result.sites],
-        "evaluation": evaluation_report(plan, result.evaluation),
+        "selector": _selector(result),
+        "groups": result.groups,
+        "evaluation": evaluation_report(plan, result.evaluation, result.records),
+        "mismatch": mismatch_report(plan, result.mismatch, result.records),
         "rounds": [_round(record, point) for record, point in zip(result.records, result.curve, strict=True)],
         "estimated_units": result.estimated_units,
         "timing": result.timing,
@@ -134,16 +155,6 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _backbone(plan: RunPlan) -> dict[str, Any] | None:
-    if plan.backbone is None:
-        return None
-    return {
-        "source": plan.backbone.source,
-        "sha256": plan.backbone.sha256,
-        "licence": plan.backbone.licence,
-    }
-
-
 def _site(site: SiteResult) -> dict[str, Any]:
     return {
         "name": site.name,
@@ -161,9 +172,44 @@ def _site(site: SiteResult) -> dict[str, Any]:
 def _per_site(site: SiteResult) -> dict[str, Any]:
     return {
         "name": site.name,
-        "federated": asdict(site.federated),
-        "local_only": asdict(site.local_only) if site.local_only else None,
-        "local_only_everywhere": asdict(site.local_only_everywhere) if site.local_only_everywhere else None,
+        "federated": site.federated.to_report(),
+        "local_only": site.local_only.to_report() if site.local_only else None,
+        "local_only_everywhere": site.local_only_everywhere.to_report() if site.local_only_everywhere else None,
+        "selector": _site_selector(site.selection) if site.selection else None,
+    }
+
+
+def _site_selector(selection: SiteSelection) -> dict[str, Any]:
+    held_out = {origin.value: asdict(selection.accuracy(origin)) for origin in selection.right}
+    return {
+        "chosen": selection.chosen.value,
+        "strength": selection.strength,
+        "epsilon": EPSILON,
+        "cross_validated": {origin.value: asdict(found) for origin, found in selection.cross_validated.items()},
+        "held_out": {**held_out, "chosen": held_out[selection.chosen.value]},
+        "gain": _interval(selection.gain),
+        "federated_gain": _interval(selection.federated_gain),
+        "label_shift": selection.label_shift,
+        "findings": [finding.value for finding in selection.findings],
+    }
+
+
+def _interval(found: Estimate) -> dict[str, float]:
+    return {**asdict(found), "low": found.low, "high": found.high}
+
+
+def _selector(result: SimulationResult) -> dict[str, Any] | None:
+    """Over all sites; None where no site was asked."""
+    selections = result.selections
+    if not selections:
+        return None
+    overall = Overall.of(selections)
+    return {
+        "statement": _SELECTOR,
+        "epsilon": EPSILON,
+        "chosen": {origin.value: sum(one.chosen is origin for one in selections) for origin in Origin},
+        "held_out": {name: asdict(found) for name, found in overall.accuracies.items()},
+        "gain": _interval(overall.gain),
     }
 
 
@@ -174,7 +220,8 @@ def _round(record: RoundRecord, point: Curve) -> dict[str, Any]:
         "sites": len(record.sites),
         "refusals": record.refusals,
         "seconds": record.seconds,
-        "accuracy": point.accuracy,
+        "accuracy": point.scores.accuracy,
+        **({} if point.scores.r2 is None else {"r2": point.scores.r2}),
         "epsilon": _finite(point.epsilon),
     }
 

@@ -7,16 +7,21 @@ Promises bars on a terminal, plain lines elsewhere, and "not private" in words w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from veil.client.personal import Origin
+from veil.common.plan import RunPlan
 from veil.server.run_report import evaluation_report
+from veil.simulations.evaluation import HEADLINES, Scores
 from veil.simulations.report import SimulationResult, SiteResult
+from veil.simulations.selection import SiteSelection
 
 _WRITTEN = "report.json, picture.png, statement.html, model-card.html, certificate.json, ledger.sqlite, model/"
 _NAMES = (
@@ -26,7 +31,7 @@ _NAMES = (
     ("non_private", "all records in one place, NOT private"),
 )
 
-
+_KEEPS = {Origin.FEDERATED: "together", Origin.BLEND: "corrected", Origin.LOCAL: "alone"}
 _ROWS = 40
 
 
@@ -81,27 +86,49 @@ def show_result(result: SimulationResult, output: Path) -> None:
     for name, words in _NAMES:
         if name in result.metrics:
             scores = result.metrics[name]
-            console.print(
-                f"{words:<40} accuracy {100 * scores.accuracy:5.1f} %   macro F1 {100 * scores.macro_f1:5.1f} %",
-                highlight=False,
-            )
-    released = evaluation_report(result.plan, result.evaluation)
+            console.print(f"{words:<40} {_told(scores, result.plan)}", highlight=False)
+    released = evaluation_report(result.plan, result.evaluation, result.records)
     if released is not None:
-        console.print(
-            f"{'together, as the sites released it':<40} {_released(**released['accuracy'])}", highlight=False
-        )
+        console.print(f"{'together, as the sites released it':<40} {_released(released, result.plan)}", highlight=False)
+    if result.groups is not None:
+        console.print(f"{'together, largest gap between groups':<40} {_gap(**result.groups['gaps']['accuracy'])}")
+    if result.selections:
+        console.print(_selector_table(result))
     console.print(f"\n{output}: {_WRITTEN}", highlight=False, soft_wrap=True)
 
 
-def _released(*, value: float | None, low: float, high: float, reason: str, **_: object) -> str:
+def _gap(*, value: float | None, low: float, high: float, reason: str, **_: object) -> str:
     if value is None:
         return f"accuracy not known: {reason}"
-    return f"accuracy {100 * value:5.1f} % ({100 * low:.1f} to {100 * high:.1f} %)"
+    return f"accuracy {100 * value:5.1f} points ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def _told(scores: Scores, plan: RunPlan) -> str:
+    """A model's exact figures."""
+    first = f"{HEADLINES[plan.task.form]} {100 * scores.headline:5.1f} %"
+    if scores.second is not None:
+        return f"{first}   {scores.second[0].replace('_', ' ')} {scores.second[1]:.4g}   loss {scores.loss:.4g}"
+    if scores.macro_f1 is None:
+        return f"{first}   MAE {scores.mae:.4g}   RMSE {scores.rmse:.4g}"
+    return f"{first}   macro F1 {100 * scores.macro_f1:5.1f} %"
+
+
+def _released(evaluation: Mapping[str, Any], plan: RunPlan) -> str:
+    """The first figure of those that the sites released."""
+    number = plan.task.form == "regression"
+    name, figure = ("MAE", evaluation["mae"]) if number else (HEADLINES[plan.task.form], evaluation["accuracy"])
+    if figure["value"] is None:
+        return f"{name} not known: {figure['reason']}"
+    value, low, high = (figure[key] for key in ("value", "low", "high"))
+    if number:
+        return f"{name} {value:.4g} ({low:.4g} to {high:.4g})"
+    return f"{name} {100 * value:5.1f} % ({100 * low:.1f} to {100 * high:.1f} %)"
 
 
 def _site_table(result: SimulationResult) -> Table:
     unit = result.plan.privacy.unit.value
-    table = Table(title=f"{result.plan.name}: accuracy in % on held-out records", title_justify="left")
+    figure = HEADLINES[result.plan.task.form]
+    table = Table(title=f"{result.plan.name}: {figure} in % on held-out records", title_justify="left")
     table.add_column("site")
     names = ["records", "ε spent", "alone, own", "together, own", "alone, all sites'"]
     for name in names if unit == "record" else ["records", "patients", *names[1:]]:
@@ -114,8 +141,35 @@ def _site_table(result: SimulationResult) -> Table:
     return table
 
 
+def _selector_table(result: SimulationResult) -> Table:
+    table = Table(
+        title="\nWhat joining gave: accuracy in % on own held-out records; own heads without noise",
+        title_justify="left",
+    )
+    table.add_column("site")
+    for name in ("alone", "together", "together, corrected", "keeps", "gain, points"):
+        table.add_column(name, justify="right")
+    table.add_column("found")
+    for site in result.sites[:_ROWS]:
+        if site.selection:
+            table.add_row(site.name, *_selector_row(site.selection))
+    table.caption = "± 1.96 standard errors; what a site compares and keeps stays there: ε = 0"
+    return table
+
+
+def _selector_row(selection: SiteSelection) -> list[str]:
+    accuracies = [selection.accuracy(origin).value for origin in (Origin.LOCAL, Origin.FEDERATED, Origin.BLEND)]
+    gain = selection.gain
+    return [
+        *(f"{100 * value:.1f}" for value in accuracies),
+        _KEEPS[selection.chosen],
+        f"{100 * gain.value:+.1f} ± {100 * (gain.high - gain.value):.1f}",
+        ", ".join(finding.value.replace("_", " ") for finding in selection.findings),
+    ]
+
+
 def _row(site: SiteResult, *, patients: bool) -> list[str]:
     epsilon = f"{site.spent.epsilon:.3f}" if math.isfinite(site.spent.epsilon) else "not private"
     counts = [str(site.records), str(site.units)] if patients else [str(site.records)]
     scores = (site.local_only, site.federated, site.local_only_everywhere)
-    return [site.name, *counts, epsilon, *(f"{100 * s.accuracy:.1f}" if s else "-" for s in scores)]
+    return [site.name, *counts, epsilon, *(f"{100 * s.headline:.1f}" if s else "-" for s in scores)]

@@ -7,13 +7,14 @@ Promises that the output folder appears complete or not at all.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ from veil.client.ledger import Entry, entries_by_site, total
 from veil.common.errors import PlanError
 from veil.common.keys import NodeKey
 from veil.common.lazy_backbone import LazyBackbone, find_backbone
-from veil.common.plan import RunPlan, Simulation
+from veil.common.plan import STRUCTURED, RunPlan, Simulation
 from veil.common.privacy import spent
 from veil.common.schedule import schedule
 from veil.common.update import Adapter
@@ -36,12 +37,17 @@ from veil.server.state import RunState
 from veil.simulations.baselines import Baselines, Pool, run_baselines
 from veil.simulations.engine import check_engine
 from veil.simulations.engines import Engine
+from veil.simulations.fairness import check_groups, fairness
 from veil.simulations.federation import federate
 from veil.simulations.folders import fresh_folder, table_path
 from veil.simulations.partition import Share, partition
 from veil.simulations.picture import draw_picture
 from veil.simulations.report import Curve, SimulationResult, SiteResult, build_report, refusals_of
+from veil.simulations.selection import SiteSelection, run_selector
 from veil.simulations.workspace import Workspace, close_workspaces
+
+_JUDGED = 10
+"""Rounds after which a model that is tuned below its head is judged, at most."""
 
 
 class Progress(Protocol):
@@ -92,6 +98,7 @@ def simulate(
         clock = Clock()
         with clock.stage("total_s"):
             pool, backbone = prepare(plan, plan.simulation, base, progress, clock)
+            pool.initial()  # a mode that does not fit the backbone ends here
             work = partial / "work"
             workspace = pool.lay_down(work / "federation", pool.shares)
             with clock.stage("federation_s"):
@@ -99,8 +106,12 @@ def simulate(
             with clock.stage("baselines_s"):
                 advance = progress.stage("Baselines", _baseline_count(pool))
                 baselines = run_baselines(pool, work, lambda name: advance(1))
-        result = _result(pool, workspace, outcome, adapters, baselines, clock.seconds, engine)
-        TunedModel(plan=plan, adapter=outcome.adapter, backbone=backbone).save(partial / "model")
+            with clock.stage("selector_s"):
+                sites = len(pool.shares) if plan.simulation.selector else 0
+                selections = run_selector(pool, outcome.adapter, progress.stage("Choosing", sites))
+        result = _result(pool, workspace, outcome, adapters, baselines, selections, clock.seconds, engine)
+        tuned = TunedModel(plan=plan, adapter=outcome.adapter, backbone=backbone, anomaly=outcome.anomaly)
+        tuned.save(partial / "model")
         report = build_report(result)
         (partial / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         write_documents(
@@ -144,6 +155,7 @@ def prepare(
             unit=plan.privacy.unit,
             site_column=simulation.site if simulation.partition == "site-column" else None,
         )
+        check_groups(examples.groups)
         shares = partition(
             examples, simulation, seed=plan.seed, delta=plan.privacy.target_delta, labels=plan.task.labels
         )
@@ -151,7 +163,7 @@ def prepare(
         schedule(plan)
     with clock.stage("features_s"):
         backbone, features = _features(plan, simulation, examples, base, progress)
-    return Pool(plan=plan, examples=examples, features=features, shares=shares), backbone
+    return Pool(plan=plan, examples=examples, features=features, shares=shares, backbone=backbone), backbone
 
 
 def _check_cohort(plan: RunPlan, shares: tuple[Share, ...]) -> None:
@@ -169,6 +181,8 @@ def _features(
     if plan.backbone is None or isinstance(examples.inputs, np.ndarray):
         return None, np.asarray(examples.inputs, dtype=np.float64)
     backbone = find_backbone(plan.backbone, plan.task, base=base, device=simulation.device)
+    if plan.task.form in STRUCTURED:
+        return backbone, np.zeros((len(examples), 0), dtype=np.float32)
     features = cached_features(
         backbone,
         examples.inputs,
@@ -194,6 +208,7 @@ def _federate(pool: Pool, workspace: Workspace, engine: Engine, progress: Progre
         width=pool.features.shape[1],
         engine=engine,
         watch=watch,
+        initial=pool.initial(),
     )
     return outcome, adapters
 
@@ -209,11 +224,15 @@ def _result(
     outcome: Outcome,
     adapters: list[Adapter],
     baselines: Baselines,
+    selections: Mapping[str, SiteSelection],
     seconds: dict[str, float],
     engine: Engine,
 ) -> SimulationResult:
     ledgers = entries_by_site(workspace.ledger_path)
-    sites = tuple(_site_result(pool, ledgers.get(share.site, ()), outcome, baselines, share) for share in pool.shares)
+    sites = tuple(
+        _site_result(pool, ledgers.get(share.site, ()), outcome, share, baselines, selections.get(share.site))
+        for share in pool.shares
+    )
     return SimulationResult(
         plan=pool.plan,
         sites=sites,
@@ -224,11 +243,27 @@ def _result(
         engine=engine.value,
         estimated_units=outcome.estimated_units,
         evaluation=outcome.evaluation,
+        mismatch=outcome.mismatch,
+        groups=_groups(pool, outcome.adapter),
     )
 
 
+def _groups(pool: Pool, adapter: Adapter) -> dict[str, Any] | None:
+    """The common model by group of everybody's held-out records; None where no column is named."""
+    groups, test = pool.examples.groups, pool.test
+    if groups is None:
+        return None
+    labels = np.asarray(pool.examples.labels[test], dtype=np.int64)
+    return fairness(pool.answers(adapter, test), labels, groups[test], pool.plan.task.labels)
+
+
 def _site_result(
-    pool: Pool, entries: Sequence[Entry], outcome: Outcome, baselines: Baselines, share: Share
+    pool: Pool,
+    entries: Sequence[Entry],
+    outcome: Outcome,
+    share: Share,
+    baselines: Baselines,
+    selection: SiteSelection | None,
 ) -> SiteResult:
     own = baselines.local.get(share.site)
     return SiteResult(
@@ -242,18 +277,22 @@ def _site_result(
         federated=pool.score(outcome.adapter, share.test),
         local_only=pool.score(own, share.test) if own else None,
         local_only_everywhere=pool.score(own, pool.test) if own else None,
+        selection=selection,
     )
 
 
 def _curve(pool: Pool, outcome: Outcome, adapters: list[Adapter], *, private: bool) -> tuple[Curve, ...]:
-    """Accuracy and ε after each round, at a site that took part in all of them."""
+    """Quality and ε after each round, or some rounds of a model that takes long to ask, at a site that took part in
+    all of them."""
     done = [release.mechanism for release in schedule(pool.plan)]
     delta = pool.plan.privacy.target_delta
+    every = math.ceil(len(adapters) / _JUDGED) if pool.plan.transfer.deep else 1
     return tuple(
         Curve(
             round=record.round,
-            accuracy=pool.score(adapter, pool.test).accuracy,
+            scores=pool.score(adapter, pool.test),
             epsilon=spent(done[: index + 1], delta).epsilon if private else float("inf"),
         )
         for index, (record, adapter) in enumerate(zip(outcome.records, adapters, strict=True))
+        if (len(adapters) - 1 - index) % every == 0
     )

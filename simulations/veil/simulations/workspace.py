@@ -7,14 +7,16 @@ same sites: the engine does not matter.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import threading
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.app import Context
@@ -29,14 +31,21 @@ from veil.client.site import Consent, Site
 from veil.client.units import Units, bounded_units
 from veil.common.delivery import Chunk, Manifest, Progress, Standing
 from veil.common.exchange import RoundRequest
+from veil.common.group_quality import NO_GROUP, group_numbers
 from veil.common.keys import NodeKey
 from veil.common.noise import NoiseSource, OSNoise
 from veil.common.plan import Backbone, RunPlan, Simulation
+from veil.common.statement import key_fingerprint
 from veil.simulations.partition import Share
 from veil.simulations.unprivate_noise import FixedNoise, NoNoise
 
+if TYPE_CHECKING:
+    from veil.client.tuned_units import TunedUnits
+    from veil.common.tunable import TunableModel
+
 _PART = "ledger-"
 _ARRAYS, _PLAN, _LEDGER, _KEY, _FEATURES = "records.npz", "plan.json", "ledger.sqlite", "sites.key", "features.npy"
+_INPUTS = "inputs.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +66,7 @@ class Workspace:
         features: NDArray[np.floating],
         examples: Examples,
         shares: tuple[Share, ...],
+        backbone: Backbone | None = None,
     ) -> Workspace:
         """Lay the sites down.
 
@@ -66,6 +76,7 @@ class Workspace:
             features: pooled backbone features of all records, [n, d]; a memory map is referred to, not copied.
             examples: the pooled records, [n].
             shares: which records each site trains on.
+            backbone: where the pretrained model is on this machine, for a plan that tunes more than a head.
         """
         folder.mkdir(parents=True)
         if isinstance(features, np.memmap) and features.filename is not None:
@@ -81,12 +92,22 @@ class Workspace:
             labels=examples.labels,
             units=examples.units,
             identities=identities(examples) if plan.evaluation else np.array([], dtype=np.str_),
+            groups=_group_numbers(plan, examples),
             sites=names,
             key=np.frombuffer(key, dtype=np.uint8),
             features=np.array(where),
             **train,  # type: ignore[arg-type]  # numpy's stub takes the keyword for allow_pickle
         )
         (folder / _PLAN).write_text(plan.to_json(), encoding="utf-8")
+        if plan.transfer.deep and backbone is not None and not isinstance(examples.inputs, np.ndarray):
+            paths = isinstance(examples.inputs[0], Path)
+            told = {
+                "backbone": backbone.model_dump(mode="json", exclude_none=True),
+                "paths": paths,
+                "truths": examples.truths,
+                "inputs": [str(one.absolute()) if isinstance(one, Path) else one for one in examples.inputs],
+            }
+            (folder / _INPUTS).write_text(json.dumps(told), encoding="utf-8")
         NodeKey.generate().save(folder / _KEY)
         Ledger(folder / _LEDGER, "", _key(folder)).close()
         return cls(folder=folder)
@@ -124,7 +145,7 @@ def close_workspaces() -> None:
     for folder in _opened:
         _lines(folder).close()
     _opened.clear()
-    for cached in (_open, _records, _features, _plan, _key, _lines):
+    for cached in (_open, _peers, _records, _features, _inputs, _plan, _key, _lines):
         cached.cache_clear()
 
 
@@ -140,27 +161,59 @@ def _open(folder: Path, index: int) -> Site:
     rows = records[f"train-{index}"]
     units = _units(folder, plan, rows)
     return Site(
-        policy=SitePolicy.model_construct(name=name, limits=_limits(plan)),
+        policy=SitePolicy.model_construct(name=name, limits=_limits(plan), peers=_peers(folder)),
         ledger=Ledger(folder / _LEDGER, name, _key(folder), file=_lines(folder)),
         units=lambda _: units,
         noise=_RoundNoise(kind=_simulation(plan).noise, seed=plan.seed, site=name),
         consent=lambda job, plan: Consent.GIVEN,
         backbones=_NoBackbones(),
         simulated=True,
+        model=_model(folder) if plan.transfer.deep else None,
     )
 
 
-def _units(folder: Path, plan: RunPlan, rows: NDArray[np.int64]) -> Units:
+def _units(folder: Path, plan: RunPlan, rows: NDArray[np.int64]) -> Units | TunedUnits:
     records, evaluation = _records(folder), plan.evaluation
     key = records["key"].tobytes()
-    return bounded_units(
-        _rows_of(_features(folder), rows),
-        records["labels"][rows],
-        records["units"][rows],
+    bounded = partial(
+        bounded_units,
+        labels=records["labels"][rows],
+        names=records["units"][rows],
         max_records=plan.privacy.max_records_per_patient,
         key=key,
         held=held_out(records["identities"][rows], key, evaluation.holdout) if evaluation else None,
+        groups=records["groups"][rows] if plan.groups else None,
     )
+    pooled = bounded(_rows_of(_features(folder), rows))
+    if not plan.transfer.deep:
+        return pooled
+    from veil.client.tuned_units import TunedUnits
+
+    places = bounded(rows.astype(np.float64)[:, None])
+    inputs, truths = _inputs(folder)
+    return TunedUnits(pooled=pooled, rows=places, inputs=inputs, model=_model(folder)(plan), truths=truths)
+
+
+@lru_cache(maxsize=64)
+def _inputs(folder: Path) -> tuple[tuple[Any, ...], tuple[str, ...] | None]:
+    """The records, and their truths where these have a structure."""
+    told = json.loads((folder / _INPUTS).read_text(encoding="utf-8"))
+    truths = told["truths"]
+    inputs = tuple(Path(one) if told["paths"] else one for one in told["inputs"])
+    return inputs, None if truths is None else tuple(truths)
+
+
+def _model(folder: Path) -> Callable[[RunPlan], TunableModel]:
+    from veil.simulations.tuned_model import model_of
+
+    told = json.loads((folder / _INPUTS).read_text(encoding="utf-8"))
+    return model_of(Backbone.model_validate(told["backbone"]), _simulation(_plan(folder)).device)
+
+
+def _group_numbers(plan: RunPlan, examples: Examples) -> NDArray[np.int64]:
+    if examples.groups is None:
+        return np.full(len(examples), NO_GROUP)
+    return group_numbers(examples.groups, plan.groups)
 
 
 def _rows_of(features: NDArray[np.floating], rows: NDArray[np.int64]) -> NDArray[np.floating]:
@@ -216,7 +269,16 @@ def _limits(plan: RunPlan) -> Limits:
         delta=plan.privacy.target_delta,
         unit=plan.privacy.unit,
         max_records_per_patient=plan.privacy.max_records_per_patient,
+        min_cohort=2,
+        colluding_of_ten=0,
     )
+
+
+@lru_cache(maxsize=64)
+def _peers(folder: Path) -> dict[str, str]:
+    """Simulated owners know each other: all by the one key."""
+    known = key_fingerprint(_key(folder).public_pem)
+    return {str(site): known for site in _records(folder)["sites"]}
 
 
 class _NoBackbones:

@@ -13,10 +13,12 @@ from veil.common.privacy.mechanism import (
     PrivacySpent,
     PrivacyUnit,
 )
+from veil.common.privacy.shares import NoiseShares
 
 __all__ = [
     "Mechanism",
     "NeighboringRelation",
+    "NoiseShares",
     "PrivacyBudget",
     "PrivacySpent",
     "PrivacyUnit",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from veil.common.privacy.accounting import GUARD, gaussian_mu_squared, renyi_bound, spent
 from veil.common.privacy.mechanism import (
@@ -28,6 +29,7 @@ MARGIN = 1 + 2e-5
 _TRIES = 24
 
 
+@lru_cache(maxsize=256)
 def gaussian_sigma(budget: PrivacyBudget) -> float:
     """σ of the one full-batch Gaussian release that spends exactly the budget (Balle & Wang 2018).
 
