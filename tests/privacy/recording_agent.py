@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`veil site start` with a record of every request as it is handed to TLS: SITE_FILE and OUTPUT on the command line.
 
-A line of OUTPUT is one request: its path, its headers and its body; or a part of a question, as it came.
+A line of OUTPUT is one request: its path, its headers and its body; or a part of a question, as it came; or what the
+coordinator answered to a reply: which parts of it are still to be sent.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ def main() -> None:
 
     def keep(response: httpx.Response) -> None:
         """What the coordinator sent: a reply's part that equals one of these is not sent back."""
-        if response.is_success and response.request.url.path.endswith("/pull-object"):
+        told = {"pull-object": "pulled", "push-messages": "wanted"}.get(response.request.url.path.rpartition("/")[2])
+        if response.is_success and told:
             body = base64.b64encode(response.read()).decode("ascii")
             with mutex, output.open("a", encoding="ascii") as file:
-                file.write(json.dumps({"pulled": body}) + "\n")
+                file.write(json.dumps({told: body}) + "\n")
 
     class RecordedConnection(Connection):
         def __init__(self, *arguments: Any) -> None:

@@ -69,12 +69,14 @@ class Traffic:
     Attributes:
         requests: type of the request and the request, oldest first; headers' names by path.
         trees: type of the question, and digests of the reply's parts.
-        replies: type of the question and the reply.
+        wanted: parts that the coordinator asked for, by the reply's digest; of a reply it would not take, none.
+        replies: type of the question and the reply, of those that were sent whole.
     """
 
     requests: list[Any] = field(default_factory=list)
     headers: dict[str, set[str]] = field(default_factory=dict)
     trees: list[tuple[str, Any]] = field(default_factory=list)
+    wanted: dict[str, set[str]] = field(default_factory=dict)
     replies: list[tuple[str, Message]] = field(default_factory=list)
 
     @classmethod
@@ -86,6 +88,10 @@ class Traffic:
             if "pulled" in said:
                 part = message_pb2.PullObjectResponse.FromString(base64.b64decode(said["pulled"])).object_content
                 objects[get_object_id(part)] = part
+                continue
+            if "wanted" in said:
+                answer = fleet_pb2.PushMessagesResponse.FromString(base64.b64decode(said["wanted"]))
+                found.wanted |= dict.fromkeys(answer.results, set(answer.objects_to_push))
                 continue
             name = said["path"].removeprefix("/v1/fleet/")
             found.headers.setdefault(name, set()).update(said["headers"])
@@ -99,8 +105,15 @@ class Traffic:
         return found
 
     def inflate(self, objects: dict[str, bytes]) -> Traffic:
-        """Put the replies together."""
+        """Put the replies together.
+
+        A site that was asked twice answers twice, and the second time a run that is over takes nothing of it.
+        """
         for kind, tree in self.trees:
+            unseen = {one for one in _ids(tree) if one not in objects}
+            if unseen:
+                assert unseen <= self.wanted.get(tree.object_id, unseen), f"a part of an answer to {kind} nobody sent"
+                continue
             reply = inflate_object_from_contents(tree.object_id, {one: objects[one] for one in _ids(tree)})
             assert isinstance(reply, Message)
             self.replies.append((kind, reply))
