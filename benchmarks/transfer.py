@@ -5,6 +5,7 @@ Every run is a federation as `veil simulate` plays it; what is judged are held-o
 is in the file already is not played again, so that the study can be stopped and continued.
 
     python benchmarks/transfer.py --datasets ../shared/datasets [--only Adverse] [--seeds 0 1 2]
+    python benchmarks/transfer.py --lengths
     python benchmarks/transfer.py --page
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,15 +27,21 @@ from transfer_page import write_page
 
 from veil.common.pickled import SMOLLM2
 from veil.common.plan import RunPlan, parse_plan
+from veil.common.trained import is_tuned
+from veil.common.update import Adapter
 from veil.simulations.baselines import Pool
 from veil.simulations.federation import federate
 from veil.simulations.screen import Screen
 from veil.simulations.simulate import prepare
-from veil.simulations.tuned_model import forget
+from veil.simulations.tuned_model import forget, tuned_model
 from veil.simulations.workspace import close_workspaces
 
 HERE = Path(__file__).parent
 RUNS = HERE.parent / "runs" / "transfer" / "runs.jsonl"
+LENGTHS = RUNS.with_name("lengths.jsonl")
+LOOKED_AT = 100
+"""Records whose gradients are measured."""
+
 POINTS = 4
 """Times that a curve is looked at."""
 
@@ -102,6 +110,20 @@ _SHARED = {"noise": "distributed"}
 
 HEAD_ROUNDS = 12
 
+MEASURED: dict[str, tuple[dict[str, Any], ...]] = {
+    "Adverse": (
+        {"mode": "prompt"},
+        {"mode": "lora", "layers": 3},
+        {"mode": "adapter"},
+        {"mode": "bias"},
+        {"mode": "last-layers"},
+        {"mode": "full"},
+    ),
+    "Chest": ({"mode": "bias"}, {"mode": "last-layers"}, {"mode": "full"}),
+    "Film": ({"mode": "lora", "layers": 3},),
+}
+"""Modes whose gradients' lengths are measured, by the study's name."""
+
 
 def _deep(rounds: int, **transfer: Any) -> Case:
     """Rounds of the head alone, and then so many, each of a tenth of the units: what two cores do in minutes."""
@@ -116,7 +138,7 @@ STUDIES = (
         sites=4,
         epsilon=8.0,
         task={"image_size": 96},
-        cases=(_HEAD, _deep(12, mode="last-layers"), _deep(12, mode="full")),
+        cases=(_HEAD, _deep(24, mode="last-layers"), _deep(12, mode="full")),
     ),
     Study(
         name="Adverse events, MiniLM",
@@ -124,7 +146,7 @@ STUDIES = (
         sites=4,
         epsilon=8.0,
         privacy={"max_records_per_patient": 2},
-        cases=(_HEAD, _deep(12, mode="lora", layers=3), _deep(12, mode="last-layers")),
+        cases=(_HEAD, _deep(24, mode="lora", layers=3), _deep(24, mode="last-layers")),
     ),
     Study(
         name="Film reviews, SmolLM2-135M",
@@ -159,18 +181,23 @@ def main() -> None:
     parser.add_argument("--only", default="", help="words of a study's name")
     parser.add_argument("--mode", default="", help="beginning of a mode's name")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--lengths", action="store_true", help="measure how long gradients are, instead")
     parser.add_argument("--page", action="store_true")
     given = parser.parse_args()
     RUNS.parent.mkdir(parents=True, exist_ok=True)
     if given.page:
-        write_page(_done(), [study.name for study in STUDIES], HERE)
+        write_page(_lines(RUNS), _lines(LENGTHS), [study.name for study in STUDIES], HERE)
+        return
+    if given.lengths:
+        rows = [row for word in MEASURED for row in measure(word, given.datasets)]
+        LENGTHS.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return
     for seed in given.seeds:
         for study in (one for one in STUDIES if given.only in one.name):
             for case in (one for one in study.cases if one.name.startswith(given.mode)):
                 for noise in study.noises:
                     row = {"study": study.name, "mode": case.name, "noise": noise, "seed": seed}
-                    if any(row.items() <= one.items() for one in _done()):
+                    if any(row.items() <= one.items() for one in _lines(RUNS)):
                         continue
                     row |= play(study, case, noise, seed, given.datasets)
                     with RUNS.open("a", encoding="utf-8") as file:
@@ -178,8 +205,8 @@ def main() -> None:
                     print(json.dumps({key: value for key, value in row.items() if key != "plan"}), flush=True)
 
 
-def _done() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RUNS.read_text(encoding="utf-8").splitlines()] if RUNS.exists() else []
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def play(study: Study, case: Case, noise: str, seed: int, datasets: Path) -> dict[str, Any]:
@@ -217,6 +244,44 @@ def play(study: Study, case: Case, noise: str, seed: int, datasets: Path) -> dic
         "seconds": round(time.monotonic() - began, 1),
         "plan": json.loads(plan.to_json()),
     }
+
+
+def measure(word: str, datasets: Path) -> Iterator[dict[str, Any]]:
+    """How long gradients below the head are beside the head's, where the head's own rounds end, without noise."""
+    study = next(one for one in STUDIES if word in one.name)
+    alone = _plan(study, Case(transfer={"mode": "head"}, training={"rounds": HEAD_ROUNDS}), "none", 0)
+    if alone.simulation is None:
+        raise ValueError(f"{study.set} without [simulation]; expected one")
+    with Screen(quiet=True) as screen, tempfile.TemporaryDirectory() as folder:
+        base = datasets if study.rows is None else _part(datasets, alone.simulation.path, study.rows, Path(folder))
+        pool, _ = prepare(alone, alone.simulation, base, screen)
+        workspace, width = pool.lay_down(Path(folder) / "sites", pool.shares), pool.features.shape[1]
+        head = federate(alone, workspace, sites=len(pool.shares), width=width).adapter
+        close_workspaces()
+        for transfer in MEASURED[word]:
+            plan = _plan(study, replace(_deep(1), transfer=transfer), "none", 0)
+            lengths = np.array(list(_lengths(pool.with_plan(plan), head)))
+            ratio = float(np.sqrt((lengths[:, 1] ** 2).mean() / (lengths[:, 0] ** 2).mean()))
+            row = {"study": study.name, "mode": transfer["mode"], "records": len(lengths), "ratio": ratio}
+            print(json.dumps(row), flush=True)
+            yield row
+            forget()
+
+
+def _lengths(pool: Pool, head: Adapter) -> Iterator[tuple[float, float]]:
+    """Of some records' gradients: of the head's and of the others' numbers."""
+    if pool.backbone is None:
+        raise ValueError("no backbone; expected one")
+    model, inputs = tuned_model(pool.backbone, pool.plan), pool.examples.inputs
+    adapter = Adapter(tensors={**model.initial().tensors, **head.tensors})
+    trained = tuple(sorted(filter(is_tuned, adapter.tensors)))
+    rows = np.random.default_rng(0).permutation(np.concatenate([share.train for share in pool.shares]))[:LOOKED_AT]
+    units = ([model.record(inputs[row], pool.examples.labels[row])] for row in rows)
+    with model.at(adapter, trained):
+        for gradient in model.gradients(units, trained):
+            if gradient is not None:
+                own, *below = [float(one.double().norm()) for one in gradient]
+                yield own, math.hypot(*below)
 
 
 def _part(datasets: Path, table: str, rows: int, folder: Path) -> Path:

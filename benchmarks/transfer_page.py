@@ -9,17 +9,23 @@ from statistics import median
 from typing import Any
 
 Rows = list[dict[str, Any]]
-_PLACE = "{tables}"
+_PLACE, _LENGTHS = "{tables}", "{lengths}"
 
 
-def write_page(rows: Rows, studies: list[str], folder: Path) -> None:
+def write_page(rows: Rows, lengths: Rows, studies: list[str], folder: Path) -> None:
     """Write both; the words are the template's."""
     template = (folder / "TRANSFER.template.md").read_text(encoding="utf-8")
     rows.sort(key=lambda row: studies.index(row["study"]))
     kept = [{key: value for key, value in row.items() if key != "plan"} for row in rows]
     (folder / "transfer.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     lines = [line for name in studies for line in _study([row for row in rows if row["study"] == name])]
-    (folder / "TRANSFER.md").write_text(template.replace(_PLACE, "\n".join(lines)), encoding="utf-8")
+    text = template.replace(_PLACE, "\n".join(lines)).replace(_LENGTHS, "\n".join(_lengths(lengths)))
+    (folder / "TRANSFER.md").write_text(text, encoding="utf-8")
+
+
+def _lengths(rows: Rows) -> list[str]:
+    table = [f"| {row['study']} | {row['mode']} | {row['ratio']:.0f} |" for row in rows]
+    return ["| records and model | mode | below the head / head |", "|---|---|---|", *table]
 
 
 def _study(rows: Rows) -> list[str]:

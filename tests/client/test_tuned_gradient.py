@@ -313,6 +313,21 @@ def test_a_sum_is_that_of_its_units(tuned: Callable[..., Any]) -> None:
     assert np.allclose(np.linalg.norm(parts, axis=1), BOUND, rtol=1e-9)
 
 
+def test_what_is_below_the_head_is_scaled_before_it_is_clipped(tuned: Callable[..., Any]) -> None:
+    """Unclipped, the head's part stays and the rest is a tenth; clipped, the whole is as long as the bound."""
+    model = tuned("bert", "lora").model
+    adapter, units, names = somewhere(model), units_of(model, SAYINGS), trained_of(model)
+    head, everyone = int(np.prod(model.shapes[WEIGHT])), np.ones(4, bool)
+    whole = clipped_tuned_sum(units, adapter, names, everyone, LOOSE)
+    scaled = clipped_tuned_sum(units, adapter, names, everyone, LOOSE, 0.1)
+    assert np.allclose(scaled[:head], whole[:head], rtol=1e-12)
+    assert np.allclose(scaled[head:], 0.1 * whole[head:], rtol=1e-12) and whole[head:].any()
+    tight, loose = (
+        clipped_tuned_sum(units, adapter, names, everyone & (np.arange(4) == 2), bound, 0.1) for bound in (BOUND, LOOSE)
+    )
+    assert np.allclose(tight, loose * BOUND / np.linalg.norm(loose), rtol=1e-9)
+
+
 def test_only_what_trains_in_the_round_leaves(tuned: Callable[..., Any]) -> None:
     """Gradually: first the head alone, as long as its own gradient."""
     model = tuned("bert", "gradual").model

@@ -24,7 +24,7 @@ from veil.common.exchange import RoundRequest
 from veil.common.head import CENTRE, WEIGHT
 from veil.common.noise import NoiseSource, OSNoise, clip_bound
 from veil.common.schedule import Release, ReleaseKind, schedule
-from veil.common.trained import GRADIENT, released_size, trained_in
+from veil.common.trained import GRADIENT, gradient_scale, released_size, trained_in
 from veil.common.update import Adapter, Update
 from veil.simulations.unprivate_noise import FixedNoise, NoNoise
 
@@ -100,7 +100,10 @@ def test_a_gradient_is_the_clipped_sum_on_the_lattice(tuned: Callable[..., Any])
     update = drawn(one, 2, silent())
     size, bound = released_size(one.model.shapes, trained), release.mechanism.max_grad_norm
     assert {name: points.shape for name, points in update.points.items()} == {GRADIENT: (size,)}
-    expected = clipped_tuned_sum(scene(one), request.adapter, trained, np.ones(4, bool), clip_bound(bound, size))
+    scale = gradient_scale(one.plan)
+    everyone = np.ones(4, bool)
+    expected = clipped_tuned_sum(scene(one), request.adapter, trained, everyone, clip_bound(bound, size), scale)
+    assert scale < 1
     assert np.array_equal(update.points[GRADIENT], np.rint(expected / update.spacing))
 
 
@@ -134,7 +137,8 @@ def test_a_sampled_round_holds_the_sampled_units_alone(tuned: Callable[..., Any]
     for places in ((), (0, 2), (3,), (0, 1, 2, 3)):
         update = draw_tuned(request, sampled(release, 0.3), scene(one), Chosen(*places))
         chosen = np.isin(np.arange(4), places)
-        expected = clipped_tuned_sum(scene(one), request.adapter, trained, chosen, bound)
+        scale = gradient_scale(one.plan)
+        expected = clipped_tuned_sum(scene(one), request.adapter, trained, chosen, bound, scale)
         assert np.array_equal(update.points[GRADIENT], np.rint(expected / update.spacing))
         assert update.points[GRADIENT].any() == bool(places)
 
@@ -150,7 +154,7 @@ def test_inclusions_are_binomial_at_the_rate_that_is_charged(
     request, release = request_of(one, 1)
     taken: list[NDArray[np.bool_]] = []
 
-    def summed(units: TunedUnits, adapter: object, trained: object, chosen: NDArray[np.bool_], bound: float) -> Any:
+    def summed(units: TunedUnits, adapter: object, trained: object, chosen: NDArray[np.bool_], *how: float) -> Any:
         taken.append(chosen)
         return np.zeros(1)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, get_args
 
 import numpy as np
@@ -12,9 +13,11 @@ from veil.common.head import CENTRE, WEIGHT
 from veil.common.plan import RunPlan, Transfer, TransferMode
 from veil.common.trained import (
     depth_of,
+    gradient_scale,
     is_tuned,
     parameter_of,
     parted,
+    rate_left,
     rate_of,
     released_size,
     trained_in,
@@ -86,6 +89,24 @@ def test_every_mode_has_a_rate_below_the_head_s(mode: TransferMode) -> None:
 def test_full_tunes_what_is_pretrained_ten_to_a_hundred_times_slower_or_more() -> None:
     assert rate_of(Transfer(mode="full"), TOP) <= 0.1
     assert rate_of(Transfer(mode="full"), TOP) < rate_of(Transfer(mode="bias"), TOP)
+
+
+@pytest.mark.parametrize(("head_rounds", "left"), [(0, [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]), (4, [1, 1 / 2])])
+def test_the_rate_falls_evenly_over_the_rounds_that_train_below_the_head(head_rounds: int, left: list[float]) -> None:
+    one = plan({"mode": "lora", "head_rounds": head_rounds})
+    assert [rate_left(one, round_) for round_ in range(head_rounds + 1, 7)] == pytest.approx(left)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in get_args(TransferMode) if mode != "head"])
+def test_gradients_below_the_head_are_shortened_the_more_the_more_trains(mode: TransferMode) -> None:
+    assert gradient_scale(plan({"mode": "full"})) <= gradient_scale(plan({"mode": mode})) < 1
+
+
+def test_where_no_head_stands_alone_gradients_are_left_as_they_are() -> None:
+    document = json.loads(plan({"mode": "lora"}).to_json())
+    document |= {"task": {"kind": "text-tokens", "labels": ["drug", "dose"]}, "training": {"centre": False}}
+    document["cohort"] = {"nominal_units": 100}
+    assert gradient_scale(RunPlan.model_validate(document)) == 1
 
 
 def test_the_rate_falls_from_each_block_to_the_one_below_it() -> None:

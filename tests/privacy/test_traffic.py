@@ -91,7 +91,7 @@ class Traffic:
                 continue
             if "wanted" in said:
                 answer = fleet_pb2.PushMessagesResponse.FromString(base64.b64decode(said["wanted"]))
-                found.wanted |= dict.fromkeys(answer.results, set(answer.objects_to_push))
+                found.wanted |= {reply: set(answer.objects_to_push) for reply in answer.results}
                 continue
             name = said["path"].removeprefix("/v1/fleet/")
             found.headers.setdefault(name, set()).update(said["headers"])

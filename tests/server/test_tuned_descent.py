@@ -15,7 +15,7 @@ from veil.common.errors import RunError
 from veil.common.head import CENTRE, WEIGHT
 from veil.common.plan import RunPlan
 from veil.common.schedule import Release, ReleaseKind, schedule
-from veil.common.trained import GRADIENT, is_tuned, parted, rate_of, released_size, trained_in, tuned_name
+from veil.common.trained import GRADIENT, is_tuned, parted, rate_left, rate_of, released_size, trained_in, tuned_name
 from veil.common.update import Adapter, Update
 from veil.server.descent import Descent, steps_of
 from veil.server.state import RunState
@@ -90,7 +90,8 @@ def test_two_steps_are_nesterov_s_at_each_tensor_s_own_rate(transfer: dict[str, 
         replies, steps = updates(descent, release), steps_of(plan, descent, release.round)
         assert steps.momentum > 0
         for name, mean in mean_of(replies, trained, SITES * UNITS).items():
-            rate = steps.rate * (1.0 if name == WEIGHT else rate_of(plan.transfer, name))
+            below = rate_of(plan.transfer, name) * rate_left(plan, release.round) if name != WEIGHT else 1.0
+            rate = steps.rate * below
             velocity[name] = steps.momentum * velocity[name] + mean
             expected[name] = expected[name] - rate * (mean + steps.momentum * velocity[name])
         descent.apply(release, replies)

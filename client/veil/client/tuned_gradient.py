@@ -20,7 +20,12 @@ from veil.common.update import Adapter
 
 
 def clipped_tuned_sum(
-    units: TunedUnits, adapter: Adapter, trained: tuple[str, ...], chosen: NDArray[np.bool_], bound: float
+    units: TunedUnits,
+    adapter: Adapter,
+    trained: tuple[str, ...],
+    chosen: NDArray[np.bool_],
+    bound: float,
+    scale: float = 1.0,
 ) -> NDArray[np.float64]:
     """Sum over the chosen units of the clipped mean gradient of their records' losses.
 
@@ -30,6 +35,7 @@ def clipped_tuned_sum(
         trained: the tuned tensors that train.
         chosen: which units take part, [count].
         bound: L2 bound of one unit's gradient, over all its tensors together.
+        scale: by which what is below the head is multiplied before it is clipped: see `trained.gradient_scale`.
 
     Returns:
         the head's numbers, then those of the tuned tensors in order, [`released_size`].
@@ -38,16 +44,22 @@ def clipped_tuned_sum(
     with units.model.at(adapter, trained):
         for gradient in units.model.gradients(units.records(chosen), trained):
             if gradient is not None:
-                _add_clipped(total, gradient, bound)
+                _add_clipped(total, gradient, bound, scale)
     return np.asarray(total.numpy(), dtype=np.float64)
 
 
-def _add_clipped(total: Tensor, gradient: tuple[Tensor, ...], bound: float) -> None:
-    """Add a unit's gradient; one that is not finite counts as zero."""
-    norm = math.sqrt(sum(float(torch.linalg.vector_norm(one, dtype=torch.float64)) ** 2 for one in gradient))
+def _add_clipped(total: Tensor, gradient: tuple[Tensor, ...], bound: float, scale: float) -> None:
+    """Add a unit's gradient, the head's tensor first; one that is not finite counts as zero."""
+    scales = [1.0, *[scale] * (len(gradient) - 1)]
+    lengths = (part * _length(one) for part, one in zip(scales, gradient, strict=True))
+    norm = math.hypot(*lengths)
     if not math.isfinite(norm):
         return
     factor, start = min(1.0, bound / max(norm, 1e-300)), 0
-    for one in gradient:
-        total[start : start + one.numel()].add_(one.flatten(), alpha=factor)
+    for part, one in zip(scales, gradient, strict=True):
+        total[start : start + one.numel()].add_(one.flatten(), alpha=factor * part)
         start += one.numel()
+
+
+def _length(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))

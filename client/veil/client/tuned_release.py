@@ -20,7 +20,7 @@ from veil.common.noise import NoiseSource, clip_bound
 from veil.common.plan import Task
 from veil.common.privacy import Mechanism
 from veil.common.schedule import Release, ReleaseKind
-from veil.common.trained import GRADIENT, of_head, released_size, trained_in
+from veil.common.trained import GRADIENT, gradient_scale, of_head, released_size, trained_in
 from veil.common.update import Update
 
 _PIECE = 1024
@@ -79,5 +79,6 @@ def tuned_gradient_update(request: RoundRequest, release: Release, units: TunedU
     size = released_size(units.model.shapes, trained)
     sampled = noise.uniform(units.count) < mechanism.sample_rate
     bound = clip_bound(mechanism.max_grad_norm, size)
-    total = clipped_tuned_sum(units, request.adapter, trained, sampled, bound)
+    scale = gradient_scale(request.plan)
+    total = clipped_tuned_sum(units, request.adapter, trained, sampled, bound, scale)
     return noised(GRADIENT, total, mechanism, noise)

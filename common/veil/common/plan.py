@@ -182,7 +182,7 @@ class Transfer(Section):
         default=None,
         gt=0,
         le=1,
-        description="rate of what is tuned below the head, as part of the head's; without it, the rule of "
+        description="rate at first of what is tuned below the head, as part of the head's; without it, the rule of "
         "ARCHITECTURE.md",
     )
     layer_decay: float = Field(

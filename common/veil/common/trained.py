@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veil.common.head import WEIGHT
-from veil.common.plan import RunPlan, Transfer
+from veil.common.plan import STRUCTURED, RunPlan, Transfer
 
 GRADIENT: Final = "gradient"
 """Name of the released vector: the head's numbers, then those of the tuned tensors by name."""
@@ -26,12 +26,23 @@ _PRETRAINED_RATE: Final[Mapping[str, float]] = {
     "full": 0.003,
     "gradual": 0.01,
     "bias": 0.1,
-    "adapter": 0.05,
-    "lora": 0.03,
-    "prompt": 0.05,
+    "adapter": 0.08,
+    "lora": 0.08,
+    "prompt": 0.08,
 }
-"""Rate below the head as part of the head's, where a plan names none: such that the noise that the weights have at the
-end, as much smaller than the head's as the rate, moves what a block gives by a tenth to a fifth of its size."""
+"""Rate below the head at first, as part of the head's, where a plan names none: such that the noise that the weights
+have at the end, as much smaller than the head's as the rate, moves what a block gives by a fraction of its size."""
+
+_GRADIENT_SCALE: Final[Mapping[str, float]] = {
+    "last-layers": 1 / 32,
+    "full": 1 / 64,
+    "gradual": 1 / 32,
+    "bias": 1 / 16,
+    "adapter": 1 / 8,
+    "lora": 1 / 8,
+    "prompt": 1 / 8,
+}
+"""What brings a gradient below the head to about the length of the head's: `benchmarks/TRANSFER.md` has the lengths."""
 
 
 def tuned_name(depth: int, parameter: str) -> str:
@@ -98,6 +109,26 @@ def rate_of(transfer: Transfer, name: str) -> float:
     """A tuned tensor's rate, as part of the head's."""
     rate = transfer.pretrained_rate or _PRETRAINED_RATE[transfer.mode]
     return float(rate * transfer.layer_decay ** (max(1, depth_of(name)) - 1))
+
+
+def rate_left(plan: RunPlan, round_: int) -> float:
+    """What is left of the rate below the head: it falls evenly from 1 towards 0 over the rounds that train there.
+
+    So the last steps' noise, and the sample's, stays small in the weights; a head of few numbers needs none of it.
+    """
+    first = plan.transfer.head_rounds
+    return (plan.training.rounds + 1 - round_) / (plan.training.rounds - first)
+
+
+def gradient_scale(plan: RunPlan) -> float:
+    """By which gradients below the head are multiplied before they are clipped together with the head's.
+
+    They are ten to a hundred times as long as the head's. As they come, every unit would be cut to one length, those
+    that the model knows already like those that it does not: the head would learn next to nothing, and where one class
+    is frequent the rest would learn to answer it always. A constant of the mode, so it says nothing of anybody; 1 where
+    an answer has a structure, as there is no one head then, or none.
+    """
+    return 1.0 if plan.task.form in STRUCTURED else _GRADIENT_SCALE[plan.transfer.mode]
 
 
 def trained_words(transfer: Transfer) -> str:

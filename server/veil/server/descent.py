@@ -19,7 +19,7 @@ from veil.common.moments import MOMENTS_NORM, STATISTICS, Moments, moments_size
 from veil.common.plan import RunPlan
 from veil.common.privacy import NoiseShares, gaussian_sigma
 from veil.common.schedule import CENTRE_NORM, COUNT_WEIGHT, Release, ReleaseKind, schedule
-from veil.common.trained import GRADIENT, is_tuned, of_head, parted, rate_of, trained_in
+from veil.common.trained import GRADIENT, is_tuned, of_head, parted, rate_left, rate_of, trained_in
 from veil.common.trained import released_size as gradient_size
 from veil.common.update import Adapter, Update
 from veil.server.aggregation import aggregate
@@ -131,10 +131,11 @@ class Descent:
         return self.units * self.asked / self.sites * sampling
 
     def _step_below(self, release: Release, totals: dict[str, NDArray[np.float64]]) -> None:
-        """Descend below the head, each tensor at its part of the head's rate."""
+        """Descend below the head, each tensor at its part of the head's rate, of which less is left in each round."""
         steps, seen = steps_of(self.plan, self, release.round), self.seen(release.round)
+        left = rate_left(self.plan, release.round)
         for name, total in totals.items():
-            rate, mean = steps.rate * rate_of(self.plan.transfer, name), total / seen
+            rate, mean = steps.rate * left * rate_of(self.plan.transfer, name), total / seen
             self.tuned_velocity[name] = steps.momentum * self.tuned_velocity[name] + mean
             self.tuned[name] = self.tuned[name] - rate * (mean + steps.momentum * self.tuned_velocity[name])
 
