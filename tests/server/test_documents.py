@@ -28,6 +28,7 @@ from veil.common.statement import (
     summed_up,
 )
 from veil.common.verdict import Verdict, Word, judge
+from veil.server.anomaly import ANOMALY_FILE
 from veil.server.documents import write_documents
 from veil.server.paper import sheet, table
 from veil.server.state import RoundRecord
@@ -159,6 +160,17 @@ def test_the_certificate_is_valid_and_names_the_model(write: Write, tmp_path: Pa
     assert judge(tmp_path / "certificate.json", {"coordinator": COORDINATOR.public_pem}).word is Word.VALID
     document = json.loads((tmp_path / "certificate.json").read_text(encoding="ascii"))
     assert document["run"]["adapter_sha256"] == hashlib.sha256(b"tensor").hexdigest()
+    assert document["run"]["anomaly_sha256"] is None
+
+
+def test_what_anomaly_scores_are_made_with_is_in_the_certificate_too(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "model/head").mkdir(parents=True)
+    (tmp_path / "model" / ANOMALY_FILE).write_bytes(b"moments")
+    _, page, _ = write()
+    digest = hashlib.sha256(b"moments").hexdigest()
+    document = json.loads((tmp_path / "certificate.json").read_text(encoding="ascii"))
+    assert document["run"]["anomaly_sha256"] == digest
+    assert digest in page.shown
 
 
 def test_the_statement_says_what_left_what_it_cost_and_how_to_check(write: Write, plan: RunPlan) -> None:

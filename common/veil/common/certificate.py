@@ -50,6 +50,9 @@ class RunFacts(Section):
     veil_version: str
     simulation: bool = Field(description="whether the sites are simulated")
     adapter_sha256: Digest = Field(description="of model/head/head.safetensors")
+    anomaly_sha256: Digest | None = Field(
+        default=None, description="of model/head/anomaly.safetensors, which one-shot's one message also gives"
+    )
     rounds: tuple[RoundSites, ...]
 
 
@@ -111,6 +114,7 @@ def assemble(
     statements: Mapping[str, SignedStatement],
     missing: Mapping[str, str],
     adapter_sha256: str,
+    anomaly_sha256: str | None = None,
     created: str,
     veil_version: str,
     simulation: bool,
@@ -125,6 +129,7 @@ def assemble(
         statements: by site.
         missing: sites without one, and why.
         adapter_sha256: of the tuned part's file.
+        anomaly_sha256: of the file that anomaly scores are made with, where there is one.
         created: UTC.
         veil_version: the coordinator's.
         simulation: whether the sites are simulated.
@@ -138,6 +143,7 @@ def assemble(
         veil_version=veil_version,
         simulation=simulation,
         adapter_sha256=adapter_sha256,
+        anomaly_sha256=anomaly_sha256,
         rounds=tuple(rounds),
     )
     vouched = {site: Vouched.of(signed) for site, signed in statements.items()}

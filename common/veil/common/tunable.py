@@ -28,7 +28,7 @@ from veil.common.frozen_prefix import ROOM_BYTES, FrozenPrefix, lowest_trained
 from veil.common.head import CENTRE, INTERCEPT, WEIGHT
 from veil.common.lazy_backbone import LazyBackbone
 from veil.common.memory import READ_BYTES, Footprint, held_now, in_flight, size_of, weigh
-from veil.common.plan import RunPlan
+from veil.common.plan import STRUCTURED, RunPlan
 from veil.common.preprocessing import ModelInput
 from veil.common.structured_quality import outcome_size
 from veil.common.task_heads import Record, Truth, task_head
@@ -198,6 +198,8 @@ class TunableModel:
             TableError: a record cannot be read.
             ValueError: the form of task has no one row for a record.
         """
+        if self._plan.task.form in STRUCTURED:
+            raise ValueError(f"features of task.kind = {self._plan.task.kind}; expected a task of one answer a record")
         rows = np.zeros((len(inputs), self.width), np.float32)
         for place, row in enumerate(self._each(self._features_of, inputs, advance)):
             rows[place] = row

@@ -18,6 +18,7 @@ from veil.common.head import HEAD_FILE
 from veil.common.keys import NodeKey
 from veil.common.plan import RunPlan
 from veil.common.verdict import Verdict, judge_certificate
+from veil.server.anomaly import ANOMALY_FILE
 from veil.server.model_card import model_card
 from veil.server.state import RoundRecord
 from veil.server.statement_page import statement_page
@@ -52,13 +53,15 @@ def write_documents(
     Returns:
         the verdict on the certificate that was written.
     """
+    head, anomaly = folder / "model" / HEAD_FILE, folder / "model" / ANOMALY_FILE
     certificate = assemble(
         plan,
         job,
         rounds=[RoundSites(round=one.round, kind=one.kind.value, sites=one.sites) for one in records],
         statements=evidence.statements,
         missing=evidence.missing,
-        adapter_sha256=hashlib.sha256((folder / "model" / HEAD_FILE).read_bytes()).hexdigest(),
+        adapter_sha256=_sha256(head),
+        anomaly_sha256=_sha256(anomaly) if anomaly.exists() else None,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         veil_version=version("veil"),
         simulation=simulation,
@@ -69,3 +72,7 @@ def write_documents(
     (folder / STATEMENT).write_text(statement_page(certificate, verdict, plan), encoding="utf-8")
     (folder / MODEL_CARD).write_text(model_card(certificate, verdict, plan, report), encoding="utf-8")
     return verdict
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

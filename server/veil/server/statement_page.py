@@ -223,6 +223,8 @@ def fingerprints(certificate: Certificate, verdict: Verdict, plan: RunPlan) -> I
         yield f"key of {name}", key_fingerprint(vouched.public_key.encode())
     yield "plan", certificate.run.plan_sha256
     yield "tuned part (model/head/head.safetensors)", certificate.run.adapter_sha256
+    if certificate.run.anomaly_sha256 is not None:
+        yield "anomaly scores (model/head/anomaly.safetensors)", certificate.run.anomaly_sha256
     if plan.backbone is not None:
         yield "pretrained weights", plan.backbone.sha256
     for code_sha256 in sorted({site.statement.code_sha256 for site in verdict.sites.values()}):
