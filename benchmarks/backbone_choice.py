@@ -26,7 +26,8 @@ from figures import measure, spread
 from scipy.stats import kendalltau
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from veil.common.plan import Backbone, RunPlan, parse_plan
+from veil.common.plan import RunPlan, parse_plan
+from veil.common.plan_sections import Backbone
 from veil.common.transferability import logme
 from veil.common.weights import fingerprint
 from veil.simulations.backbone_choice import judge

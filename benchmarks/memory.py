@@ -32,7 +32,8 @@ from veil.client.site_form import write_site_file
 from veil.client.workbench import Workbench
 from veil.common.exchange import RoundRequest
 from veil.common.keys import NodeKey
-from veil.common.plan import Backbone, RunPlan
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Backbone
 from veil.common.schedule import ReleaseKind
 from veil.common.update import Adapter
 from veil.common.weights import fingerprint

@@ -20,7 +20,8 @@ from fastapi import FastAPI
 
 if TYPE_CHECKING:
     from veil.common.lazy_backbone import LazyBackbone
-    from veil.common.plan import Backbone, RunPlan
+    from veil.common.plan import RunPlan
+    from veil.common.plan_sections import Backbone
     from veil.common.tunable import TunableModel
 
 Serve = Callable[[FastAPI, tuple[Path, Path]], str]

@@ -24,7 +24,8 @@ from pydantic_core import to_jsonable_python
 from veil.client.site_file import SiteFile
 from veil.client.wording import REFUSALS
 from veil.common import errors
-from veil.common.plan import RunPlan, Section
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Section
 from veil.server.home import Settings
 from veil.simulations.cli import app
 

@@ -24,7 +24,7 @@ from safetensors.numpy import save
 from veil.client.backbone_store import RESERVE_BYTES, BackboneStore, free_bytes
 from veil.common.delivery import Chunk, FileEntry, Manifest, Position, Progress, Standing, manifest_of, shelved
 from veil.common.errors import RefusalCode, RefusalError, WeightsError
-from veil.common.plan import Backbone, Task
+from veil.common.plan_sections import Backbone, Task
 from veil.common.weights import WEIGHTS_NAME, fingerprint
 
 PIECE = 100
@@ -168,7 +168,7 @@ def test_a_delivery_goes_on_after_its_process_was_killed(
         from pathlib import Path
         from veil.client.backbone_store import BackboneStore
         from veil.common.delivery import Chunk, manifest_of
-        from veil.common.plan import Backbone
+        from veil.common.plan_sections import Backbone
         source, folder = map(Path, sys.argv[1:])
         manifest = manifest_of(source)
         backbone = Backbone(source="path:nowhere", sha256=manifest.sha256, files_sha256=manifest.files_sha256)

@@ -13,7 +13,7 @@ import pytest
 from veil.client.database import Query, masked, parse_url, require_select, shown_url
 from veil.client.examples import read_examples
 from veil.common.errors import TableError
-from veil.common.plan import Columns, Task
+from veil.common.plan_sections import Columns, Task
 from veil.common.privacy import PrivacyUnit
 
 ROWS = [("fever", 1, "7", 36.5, "a.png"), ("none; 100 % :well", 0, "8", 37.0, "b.png"), (None, 0, "8", None, "c.png")]

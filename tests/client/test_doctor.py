@@ -22,7 +22,8 @@ from veil.client.ledger import Ledger
 from veil.client.site_file import SiteFile, read_site_file
 from veil.common.keys import NodeKey
 from veil.common.noise import privatize
-from veil.common.plan import Backbone, RunPlan
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Backbone
 from veil.common.schedule import schedule
 from veil.server.pki import issue_certificate, make_authority
 

@@ -12,7 +12,7 @@ import pytest
 
 from veil.client.examples import Examples, read_examples
 from veil.common.errors import TableError
-from veil.common.plan import Columns, Task
+from veil.common.plan_sections import Columns, Task
 from veil.common.privacy import PrivacyUnit
 
 LABELS = Task(kind="tabular-multilabel", labels=("pain", "fever"))

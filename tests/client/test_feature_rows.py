@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from veil.client.feature_rows import packed, row_bytes, unpacked
-from veil.common.plan import CachePrecision
+from veil.common.plan_sections import CachePrecision
 
 
 def test_half_precision_neither_overflows_nor_loses_small_rows() -> None:

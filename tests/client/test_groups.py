@@ -30,7 +30,8 @@ from veil.common.evaluation import EVALUATION, evaluation_norm, released_size
 from veil.common.exchange import RoundRequest
 from veil.common.group_quality import NO_GROUP
 from veil.common.noise import NoiseSource
-from veil.common.plan import Backbone, Evaluation, RunPlan
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Backbone, Evaluation
 from veil.common.privacy import Mechanism, PrivacyUnit
 from veil.common.schedule import schedule
 from veil.common.update import Adapter

@@ -20,7 +20,8 @@ from veil.client.records import LoggedProgress, SiteRecords, look
 from veil.client.site_file import SiteFile, parse_site
 from veil.client.units import Units
 from veil.common.errors import InputError, RefusalCode, RefusalError, RunError, TableError, WeightsError
-from veil.common.plan import Backbone, Evaluation, RunPlan, Task, Training
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Backbone, Evaluation, Task, Training
 
 TEXTS = ["cough", "fever", "no fever", "well", "cough", "none"]
 LABELS = ["1", "1", "0", "0", "1", "0"]

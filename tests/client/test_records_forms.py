@@ -18,7 +18,8 @@ from veil.client.units import Units
 from veil.client.wording import describe_plan
 from veil.common.errors import InputError, RefusalError
 from veil.common.noise import OSNoise
-from veil.common.plan import Form, RunPlan
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Form
 from veil.common.schedule import schedule
 
 TABLE = "x,labels,age\n0.1,a|b,30\n0.2,,95\n0.3,b,55\n"

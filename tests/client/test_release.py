@@ -35,7 +35,8 @@ from veil.common.exchange import RoundRequest
 from veil.common.head import CENTRE, WEIGHT, unit_rows
 from veil.common.moments import MOMENTS_NORM, STATISTICS, Moments
 from veil.common.noise import NoiseSource, OSNoise, clip_bound, spacing
-from veil.common.plan import Evaluation, RunPlan
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Evaluation
 from veil.common.privacy import Mechanism
 from veil.common.schedule import COUNT_WEIGHT, ReleaseKind, schedule
 from veil.common.update import Adapter, Update

@@ -17,7 +17,8 @@ from veil.client.review import affordable, release_of, remaining, review_history
 from veil.common.errors import RefusalCode, RefusalError
 from veil.common.exchange import RoundRequest
 from veil.common.head import CENTRE, WEIGHT
-from veil.common.plan import Backbone, Evaluation, RunPlan
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Backbone, Evaluation
 from veil.common.privacy import Mechanism, spent
 from veil.common.schedule import ReleaseKind, schedule
 from veil.common.update import Adapter

@@ -16,7 +16,7 @@ from veil.client.selftest import examine_step
 from veil.client.units import Units
 from veil.common.errors import RunError
 from veil.common.objective import form_of
-from veil.common.plan import Form
+from veil.common.plan_sections import Form
 
 Sum = NDArray[np.float64]
 FORMS: list[Form] = ["multilabel", "regression"]

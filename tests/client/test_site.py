@@ -26,7 +26,8 @@ from veil.common.evaluation import EVALUATION
 from veil.common.exchange import Offer, OfferReply, RoundReply, RoundRequest, Willingness
 from veil.common.head import CENTRE, WEIGHT, initial_adapter
 from veil.common.noise import spacing
-from veil.common.plan import Backbone, Evaluation, RunPlan
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Backbone, Evaluation
 from veil.common.schedule import ReleaseKind, schedule
 from veil.common.update import Adapter
 from veil.common.weights import WEIGHTS_NAME

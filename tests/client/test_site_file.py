@@ -17,7 +17,7 @@ from veil.client.database import Query
 from veil.client.policy import Limits, SitePolicy
 from veil.client.site_file import SiteFile, parse_site, read_site_file
 from veil.common.errors import InputError, PlanError
-from veil.common.plan import Section
+from veil.common.plan_sections import Section
 from veil.common.privacy import PrivacyUnit
 
 DOCUMENT: dict[str, Any] = {

@@ -14,7 +14,7 @@ import pytest
 from veil.client.site_file import SiteFile, parse_site, read_site_file
 from veil.client.site_form import write_site_file
 from veil.common.errors import InputError
-from veil.common.plan import Section
+from veil.common.plan_sections import Section
 
 SMALL: dict[str, Any] = {
     "name": "Ulm",

@@ -23,7 +23,8 @@ from veil.client.units import bounded_units
 from veil.common.errors import PlanError, TableError
 from veil.common.evaluation_forms import vector_norm
 from veil.common.lazy_backbone import find_backbone
-from veil.common.plan import Columns, RunPlan, Task
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Columns, Task
 from veil.common.privacy import Mechanism, PrivacyUnit
 from veil.common.trained import trained_in
 from veil.common.tunable import TunableModel, load_tunable

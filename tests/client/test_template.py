@@ -16,7 +16,7 @@ import pytest
 
 from veil.client.template import Template, canonical, require_columns
 from veil.common.errors import TableError
-from veil.common.plan import Columns
+from veil.common.plan_sections import Columns
 
 
 def template(text: str, **more: Any) -> Template:

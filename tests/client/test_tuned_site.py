@@ -23,7 +23,8 @@ from veil.common.errors import RefusalCode
 from veil.common.exchange import RoundRequest
 from veil.common.head import CENTRE, WEIGHT
 from veil.common.lazy_backbone import find_backbone
-from veil.common.plan import Backbone, RunPlan, Task
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Backbone, Task
 from veil.common.schedule import schedule
 from veil.common.trained import GRADIENT, released_size, trained_in, tuned_name
 from veil.common.tunable import TunableModel

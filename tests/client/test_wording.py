@@ -17,7 +17,8 @@ from veil.client.review import affordable
 from veil.client.site_file import SiteFile, parse_site
 from veil.client.wording import REFUSALS, Price, describe_plan, price
 from veil.common.errors import RefusalCode, RefusalError
-from veil.common.plan import Evaluation, RunPlan
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Evaluation
 from veil.common.privacy import spent
 from veil.common.schedule import schedule
 

@@ -25,7 +25,7 @@ from veil.common.backbone import FrozenBackbone, load_backbone
 from veil.common.conversion import converted
 from veil.common.errors import RunError, TableError, WeightsError
 from veil.common.lazy_backbone import find_backbone
-from veil.common.plan import Backbone, Task
+from veil.common.plan_sections import Backbone, Task
 from veil.common.weights import fingerprint, locate
 
 MINILM = Backbone(

@@ -26,7 +26,7 @@ from veil.common.delivery import (
 )
 from veil.common.errors import RefusalCode, WeightsError
 from veil.common.pickled import LITE0
-from veil.common.plan import Backbone
+from veil.common.plan_sections import Backbone
 from veil.common.weights import (
     COMPANIONS,
     WEIGHTS_NAME,

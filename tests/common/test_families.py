@@ -33,7 +33,7 @@ from tests.families import (
 
 from veil.common.backbone import FrozenBackbone, load_backbone
 from veil.common.errors import WeightsError
-from veil.common.plan import Backbone, Task
+from veil.common.plan_sections import Backbone, Task
 from veil.common.torchvision_mend import mend_torchvision
 from veil.common.weights import fingerprint
 

@@ -25,7 +25,7 @@ from veil.common.backbone import FrozenBackbone, load_backbone
 from veil.common.conversion import converted
 from veil.common.errors import TableError, WeightsError
 from veil.common.pickled import GE2E
-from veil.common.plan import Backbone, Task
+from veil.common.plan_sections import Backbone, Task
 from veil.common.weights import fingerprint, sha256_of
 
 TASK = Task(kind="audio-classification", labels=("no", "yes"), max_seconds=4.0)

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from veil.common import lazy_backbone
 from veil.common.errors import InputError, WeightsError
 from veil.common.lazy_backbone import LazyBackbone, chosen_device, find_backbone
-from veil.common.plan import Backbone, Task
+from veil.common.plan_sections import Backbone, Task
 from veil.common.weights import fingerprint
 
 TEXT = Task(kind="text-classification", labels=("no", "yes"), max_length=32)

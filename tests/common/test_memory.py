@@ -42,7 +42,8 @@ from veil.common.memory import (
     weigh,
 )
 from veil.common.noise import OSNoise
-from veil.common.plan import Modality, RunPlan
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Modality
 from veil.common.preprocessing import ModelInput
 from veil.common.privacy import PrivacyUnit
 from veil.common.schedule import ReleaseKind

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.optimize import approx_fprime
 
 from veil.common.objective import OBJECTIVES, Targets, form_of, from_range, in_range
-from veil.common.plan import Form
+from veil.common.plan_sections import Form
 
 Floats = NDArray[np.float64]
 LABELS = 3

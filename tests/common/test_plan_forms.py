@@ -13,7 +13,8 @@ from veil.common.errors import PlanError
 from veil.common.evaluation import EVALUATION_NORM
 from veil.common.evaluation_forms import figures, vector_norm, vector_rows, vector_size
 from veil.common.objective import OBJECTIVES, Targets
-from veil.common.plan import Form, RunPlan, Task, clipping_bound
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Form, Task, clipping_bound
 from veil.common.schedule import ReleaseKind, schedule
 
 TASKS: dict[Form, dict[str, Any]] = {

@@ -15,7 +15,8 @@ from dp_accounting import pld
 
 from veil.client.ledger import Entry, total
 from veil.common.errors import PlanError
-from veil.common.plan import RunPlan, Training, Transfer, TransferMode, parse_plan
+from veil.common.plan import RunPlan, parse_plan
+from veil.common.plan_sections import Training, Transfer, TransferMode
 from veil.common.schedule import ReleaseKind, schedule
 
 DEEP = [mode for mode in get_args(TransferMode) if mode != "head"]

@@ -11,7 +11,8 @@ import pytest
 from veil.common.errors import PlanError
 from veil.common.evaluation import EVALUATION_NORM
 from veil.common.moments import MOMENTS_NORM
-from veil.common.plan import Evaluation, RunPlan, clipping_bound
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Evaluation, clipping_bound
 from veil.common.privacy import PrivacyUnit, gaussian_mu_squared, gaussian_sigma, spent
 from veil.common.schedule import CENTRE_NORM, CENTRE_SHARE, ReleaseKind, local_steps, schedule
 

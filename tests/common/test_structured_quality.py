@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from veil.common.evaluation_forms import figures, outcome_vectors, vector_norm, vector_size
-from veil.common.plan import Form, Task
+from veil.common.plan_sections import Form, Task
 from veil.common.structured_quality import TOKEN_LOSS_CAP, answer_shares, word_outcome
 
 LABELS = ("O", "DRUG", "DOSE")

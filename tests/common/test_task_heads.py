@@ -23,7 +23,8 @@ from torch.nn import functional
 from veil.common.boxes import found_shares, overlaps
 from veil.common.errors import WeightsError
 from veil.common.lazy_backbone import find_backbone
-from veil.common.plan import Backbone, RunPlan
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Backbone
 from veil.common.trained import parameter_of, trained_in
 from veil.common.truths import Box
 from veil.common.tunable import TunableModel, load_tunable

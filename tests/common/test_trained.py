@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from veil.common.head import CENTRE, WEIGHT
-from veil.common.plan import RunPlan, Transfer, TransferMode
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Transfer, TransferMode
 from veil.common.trained import (
     depth_of,
     gradient_scale,

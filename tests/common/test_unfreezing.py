@@ -16,7 +16,7 @@ from tests.tiny_models import SIDE, TEXT, tiny_model
 from torch import Tensor, nn
 
 from veil.common.errors import PlanError
-from veil.common.plan import Transfer
+from veil.common.plan_sections import Transfer
 from veil.common.trained import depth_of, parameter_of
 from veil.common.unfreezing import blocks_of, unfreeze
 

@@ -17,7 +17,7 @@ import pytest
 
 from veil.common.errors import WeightsError
 from veil.common.pickled import GE2E, LITE0, Pickled, converted_from, kind_of
-from veil.common.plan import Backbone
+from veil.common.plan_sections import Backbone
 from veil.common.weights import (
     as_safetensors,
     cache_folder,

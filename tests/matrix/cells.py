@@ -8,7 +8,7 @@ from typing import get_args
 
 from tests.families import IMAGE_MODELS, SOUND_MODELS, TEXT_MODELS
 
-from veil.common.plan import TransferMode
+from veil.common.plan_sections import TransferMode
 
 MODES: tuple[str, ...] = get_args(TransferMode)
 REAL = {"MiniLM": "text", "Lite0": "image", "GE2E": "audio"}

@@ -22,7 +22,8 @@ from tests.matrix.cells import FAMILIES, REAL, Cell
 
 from veil.client.ledger import entries_by_site, total
 from veil.common.errors import PlanError, VeilError
-from veil.common.plan import STRUCTURED, RunPlan
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import STRUCTURED
 from veil.common.trained import is_tuned
 from veil.common.update import Adapter
 from veil.common.weights import fingerprint

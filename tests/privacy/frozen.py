@@ -20,7 +20,7 @@ from PIL import Image
 from tests.privacy.scene import replaced
 
 from veil.common.backbone import FrozenBackbone, load_backbone
-from veil.common.plan import Backbone, Task
+from veil.common.plan_sections import Backbone, Task
 from veil.common.weights import COMPANIONS, fingerprint, locate
 
 TEXTS = ("chest pain", "angina", "No adverse event was reported. " * 6, "a rash after the second dose")

@@ -29,7 +29,8 @@ from veil.common.exchange import RoundReply, RoundRequest
 from veil.common.head import CENTRE, WEIGHT, initial_adapter
 from veil.common.keys import NodeKey
 from veil.common.noise import OSNoise
-from veil.common.plan import Evaluation, RunPlan
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Evaluation
 from veil.common.privacy import Mechanism
 from veil.common.schedule import Release, ReleaseKind, schedule
 from veil.common.update import Update

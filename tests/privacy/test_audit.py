@@ -17,7 +17,8 @@ from veil.client.audit_power import SeenBy
 from veil.client.canaries import CANARIES, play
 from veil.common.errors import InputError
 from veil.common.noise import OSNoise
-from veil.common.plan import RunPlan, Transfer
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Transfer
 from veil.common.schedule import ReleaseKind, schedule
 
 AS_IT_IS, *OTHERS = CORRECT

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from veil.common.plan import Cohort
+from veil.common.plan_sections import Cohort
 from veil.common.update import Update
 from veil.server.aggregation import aggregate
 

@@ -28,7 +28,8 @@ from veil.common.delivery import (
 from veil.common.errors import RefusalCode, RefusalError, WeightsError
 from veil.common.exchange import Offer
 from veil.common.pickled import GE2E, LITE0, Pickled
-from veil.common.plan import Backbone, RunPlan
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Backbone
 from veil.common.weights import WEIGHTS_NAME, files_digest
 from veil.server import delivery
 from veil.server.delivery import BackboneShelf, deliver

@@ -30,7 +30,8 @@ from veil.common.errors import InputError
 from veil.common.head import CENTRE, HEAD_FILE, WEIGHT, predict
 from veil.common.lazy_backbone import find_backbone
 from veil.common.objective import from_range
-from veil.common.plan import Backbone, RunPlan
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Backbone
 from veil.common.tunable import load_tunable
 from veil.common.update import Adapter
 from veil.common.weights import WEIGHTS_NAME, fingerprint, sha256_of

@@ -15,7 +15,7 @@ from onnx.reference import ReferenceEvaluator
 from veil.common.errors import InputError
 from veil.common.head import CENTRE, WEIGHT, predict, scaled
 from veil.common.objective import from_range
-from veil.common.plan import Task
+from veil.common.plan_sections import Task
 from veil.common.update import Adapter
 from veil.server.onnx_head import OPSET, OUTPUT, Bounds, onnx_head
 

@@ -31,7 +31,8 @@ from veil.common.errors import RunError
 from veil.common.exchange import OfferReply, StatementReply, Willingness
 from veil.common.keys import NodeKey
 from veil.common.noise import OSNoise
-from veil.common.plan import Backbone, Evaluation, RunPlan
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Backbone, Evaluation
 from veil.common.statement import SignedStatement
 from veil.common.verdict import Word, judge
 from veil.common.weights import fingerprint, locate

@@ -14,7 +14,7 @@ from veil.client.head_batch import HeadBatch
 from veil.client.units import Units
 from veil.common.head import scores
 from veil.common.objective import OBJECTIVES, Targets, form_of
-from veil.common.plan import Form, clipping_bound
+from veil.common.plan_sections import Form, clipping_bound
 from veil.server.steps import largest_rate, public_steps
 
 Floats = NDArray[np.float64]

@@ -15,7 +15,8 @@ import pytest
 from veil.common.errors import PlanError
 from veil.common.head import WEIGHT
 from veil.common.lazy_backbone import find_backbone
-from veil.common.plan import Backbone, RunPlan
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Backbone
 from veil.common.trained import is_tuned
 from veil.common.update import Adapter
 from veil.common.weights import fingerprint

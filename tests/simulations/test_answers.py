@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from veil.common.errors import InputError
-from veil.common.plan import Task
+from veil.common.plan_sections import Task
 from veil.simulations.answers import check_new, document, lines, write_csv
 
 ONE = Task(kind="text-classification", labels=("no", "yes"))

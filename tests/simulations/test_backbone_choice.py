@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from veil.common.plan import Backbone, Task
+from veil.common.plan_sections import Backbone, Task
 from veil.common.weights import fingerprint
 from veil.simulations import backbone_choice
 

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from veil.common.errors import InputError
-from veil.common.plan import Task
+from veil.common.plan_sections import Task
 from veil.simulations.inputs import read_inputs
 
 TEXT = Task(kind="text-classification", labels=("no", "yes"))

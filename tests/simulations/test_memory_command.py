@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from veil.common.plan import Backbone
+from veil.common.plan_sections import Backbone
 
 Veil = Callable[..., tuple[int, str, str]]
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from veil.client.examples import Examples
 from veil.common.errors import InputError
-from veil.common.plan import Simulation
+from veil.common.plan_sections import Simulation
 from veil.simulations.partition import Share, partition
 
 LABELS = ("a", "b", "c")

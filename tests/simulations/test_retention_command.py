@@ -18,7 +18,8 @@ from tests.tiny_models import WORDS, deep_plan
 
 from veil.common.head import CENTRE, WEIGHT
 from veil.common.lazy_backbone import find_backbone
-from veil.common.plan import Backbone, RunPlan
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Backbone
 from veil.common.retention import retention
 from veil.common.trained import is_tuned
 from veil.common.tunable import load_tunable

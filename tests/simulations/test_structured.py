@@ -158,7 +158,7 @@ def test_a_federation_learns_and_its_model_answers(
 
 def test_a_question_without_a_text_is_refused(tmp_path: Path) -> None:
     from veil.common.errors import InputError
-    from veil.common.plan import Task
+    from veil.common.plan_sections import Task
     from veil.simulations.inputs import read_inputs
 
     task = Task(kind="text-answers")

@@ -15,7 +15,8 @@ from tests.tiny_models import LENGTH
 
 from veil.client.ledger import entries_of, total
 from veil.common.head import CENTRE, WEIGHT, predict
-from veil.common.plan import Backbone, parse_plan
+from veil.common.plan import parse_plan
+from veil.common.plan_sections import Backbone
 from veil.common.trained import is_tuned
 from veil.common.update import Adapter
 from veil.server.model import TunedModel

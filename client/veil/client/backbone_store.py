@@ -21,7 +21,7 @@ from veil.common.delivery import MAX_BYTES, Chunk, Manifest, Position, Progress,
 from veil.common.durable import sync_folder, write_new
 from veil.common.errors import RefusalCode, RefusalError, WeightsError
 from veil.common.lazy_backbone import LazyBackbone, find_backbone
-from veil.common.plan import Backbone, Device, Task
+from veil.common.plan_sections import Backbone, Device, Task
 from veil.common.weights import as_safetensors, locate
 
 RESERVE_BYTES: Final = 256 << 20

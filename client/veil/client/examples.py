@@ -22,7 +22,7 @@ from veil.common import sound
 from veil.common.errors import TableError
 from veil.common.head import scaled
 from veil.common.objective import Targets, in_range
-from veil.common.plan import STRUCTURED, Columns, Task
+from veil.common.plan_sections import STRUCTURED, Columns, Task
 from veil.common.privacy import PrivacyUnit
 from veil.common.truths import answer_truth, asked, box_truth, question_and_text, word_truth
 

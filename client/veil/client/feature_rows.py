@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from veil.common.plan import CachePrecision
+from veil.common.plan_sections import CachePrecision
 
 _SCALE_BYTES: Final = 4
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from veil.client.feature_rows import StoredRows, packed, row_bytes
 from veil.common.durable import sync_folder
 from veil.common.errors import RunError
-from veil.common.plan import CachePrecision
+from veil.common.plan_sections import CachePrecision
 
 COMMIT_S = 2.0
 """Seconds after which added rows are made durable."""

@@ -22,7 +22,7 @@ from veil.client.backbone_store import RESERVE_BYTES, free_bytes
 from veil.client.feature_rows import StoredRows, row_bytes
 from veil.client.feature_store import INDEX_BYTES, Appender, FeatureStore
 from veil.common.errors import RunError, TableError
-from veil.common.plan import CachePrecision
+from veil.common.plan_sections import CachePrecision
 
 _AT_ONCE = 64
 """Records that are handed to the encoder together."""

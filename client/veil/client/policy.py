@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from veil.common.masking import MOST_MEMBERS
-from veil.common.plan import COLLUDING_OF_TEN, Section
+from veil.common.plan_sections import COLLUDING_OF_TEN, Section
 from veil.common.privacy import PrivacyUnit
 
 

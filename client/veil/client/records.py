@@ -31,7 +31,8 @@ from veil.common.durable import sync_folder, write_new
 from veil.common.errors import InputError, RefusalCode, RefusalError, TableError
 from veil.common.group_quality import group_numbers
 from veil.common.objective import Targets
-from veil.common.plan import STRUCTURED, Backbone, RunPlan, Task
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import STRUCTURED, Backbone, Task
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -15,7 +15,8 @@ from veil.client.policy import Limits
 from veil.common.errors import RefusalCode, RefusalError
 from veil.common.exchange import RoundRequest
 from veil.common.head import CENTRE, WEIGHT
-from veil.common.plan import Privacy, RunPlan
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Privacy
 from veil.common.schedule import Release, schedule
 
 

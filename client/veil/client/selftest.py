@@ -24,7 +24,7 @@ from veil.common.head import CENTRE, WEIGHT
 from veil.common.moments import moments_size
 from veil.common.noise import OSNoise, clip_bound, spacing
 from veil.common.objective import OBJECTIVES, Targets, form_of
-from veil.common.plan import Form
+from veil.common.plan_sections import Form
 from veil.common.privacy import Mechanism
 from veil.common.schedule import COUNT_WEIGHT
 

@@ -34,7 +34,8 @@ from veil.common.exchange import (
 )
 from veil.common.masking import MaskingKey
 from veil.common.noise import NoiseSource, OSNoise, SharedNoise
-from veil.common.plan import Backbone, RunPlan
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Backbone
 from veil.common.privacy import NoiseShares
 from veil.common.schedule import Release, schedule
 from veil.common.statement import SignedStatement

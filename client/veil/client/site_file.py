@@ -17,7 +17,8 @@ from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, Valida
 from veil.client.database import Query, masked, parse_url, require_select, shown_url
 from veil.client.policy import Limits, SitePolicy
 from veil.common.errors import InputError
-from veil.common.plan import CachePrecision, Columns, Device, Section, plan_error, read_toml
+from veil.common.plan import plan_error, read_toml
+from veil.common.plan_sections import CachePrecision, Columns, Device, Section
 from veil.common.privacy import PrivacyUnit
 
 SITE_FILE = "site.toml"

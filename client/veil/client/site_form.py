@@ -15,7 +15,7 @@ from typing import Any, get_origin
 
 from veil.client.site_file import SiteFile, parse_site
 from veil.common.errors import InputError
-from veil.common.plan import Section
+from veil.common.plan_sections import Section
 
 _HEAD = """\
 # What this site allows, and where its records are. This file never leaves the site.

@@ -16,7 +16,7 @@ from string import Formatter
 from typing import TYPE_CHECKING, TypeVar
 
 from veil.common.errors import TableError
-from veil.common.plan import Columns
+from veil.common.plan_sections import Columns
 
 if TYPE_CHECKING:
     import pandas as pd

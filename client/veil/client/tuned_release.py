@@ -17,7 +17,7 @@ from veil.common.evaluation import EVALUATION
 from veil.common.evaluation_forms import outcome_vectors, vector_size
 from veil.common.exchange import RoundRequest
 from veil.common.noise import NoiseSource, clip_bound
-from veil.common.plan import Task
+from veil.common.plan_sections import Task
 from veil.common.privacy import Mechanism
 from veil.common.schedule import Release, ReleaseKind
 from veil.common.trained import GRADIENT, gradient_scale, of_head, released_size, trained_in

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from veil.common import ge2e
 from veil.common.conversion import converted
 from veil.common.errors import RunError, TableError, WeightsError
-from veil.common.plan import Backbone, Form, Modality, Task
+from veil.common.plan_sections import Backbone, Form, Modality, Task
 from veil.common.preprocessing import Features, ModelInput, Reader, read_json, reader_for
 from veil.common.text_reading import text_reader
 from veil.common.torchvision_mend import mend_torchvision

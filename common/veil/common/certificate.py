@@ -18,7 +18,8 @@ from pydantic import Field, ValidationError
 
 from veil.common.errors import InputError
 from veil.common.keys import NodeKey, verify
-from veil.common.plan import RunPlan, Section
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Section
 from veil.common.statement import Digest, SignedStatement, canonical
 
 MOST_BYTES = 64 * 2**20

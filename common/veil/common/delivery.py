@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from veil.common.errors import RefusalCode, WeightsError
-from veil.common.plan import Backbone
+from veil.common.plan_sections import Backbone
 from veil.common.weights import COMPANIONS, WEIGHTS_NAME, as_safetensors, companion_digests, files_digest, sha256_of
 
 CHUNK_BYTES: Final = 4 << 20

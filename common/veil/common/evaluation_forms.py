@@ -15,7 +15,7 @@ from veil.common.evaluation import evaluation_norm, loss_cap, outcome_rows, qual
 from veil.common.label_quality import label_rows, labels_norm, labels_quality, labels_size
 from veil.common.number_quality import NUMBER_NORM, NUMBER_SIZE, number_quality, number_rows
 from veil.common.objective import Targets, classes_of, form_of
-from veil.common.plan import STRUCTURED, Form, Task
+from veil.common.plan_sections import STRUCTURED, Form, Task
 from veil.common.structured_quality import (
     SHARES_NORM,
     SHARES_SIZE,

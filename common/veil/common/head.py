@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veil.common.objective import OBJECTIVES
-from veil.common.plan import Form, RunPlan
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Form
 from veil.common.update import Adapter
 
 WEIGHT = "head.weight"

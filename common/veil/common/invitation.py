@@ -23,7 +23,7 @@ from pydantic import AfterValidator, AwareDatetime, ConfigDict, Field, Validatio
 from veil.common.durable import write_new
 from veil.common.errors import InputError
 from veil.common.keys import NodeKey, verify
-from veil.common.plan import Name, Section
+from veil.common.plan_sections import Name, Section
 
 ENROL_PATH = "/v1/enrol"
 """Where the coordinator takes applications."""

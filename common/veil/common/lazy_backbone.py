@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from veil.common.errors import InputError, RunError, TableError, WeightsError
 from veil.common.pickled import kind_of
-from veil.common.plan import Backbone, Device, Task
+from veil.common.plan_sections import Backbone, Device, Task
 from veil.common.weights import COMPANIONS, WEIGHTS_NAME, PinnedWeights, locate, sha256_of
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from veil.common.plan import Form
+from veil.common.plan_sections import Form
 
 Targets = NDArray[np.int64] | NDArray[np.float64]
 """The truth of n records: classes, whole numbers [n]; labels, 0 or 1 [n, c]; or numbers between 0 and 1, [n]."""

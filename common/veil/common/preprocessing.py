@@ -21,7 +21,7 @@ from torch import Tensor
 
 from veil.common import ge2e
 from veil.common.errors import TableError
-from veil.common.plan import Modality, Task
+from veil.common.plan_sections import Modality, Task
 from veil.common.sound import read_sound
 from veil.common.weights import COMPANIONS
 

@@ -18,7 +18,8 @@ from veil.common.errors import PlanError
 from veil.common.evaluation_forms import vector_norm
 from veil.common.moments import MOMENTS_NORM
 from veil.common.noise import spacing
-from veil.common.plan import Algorithm, RunPlan
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Algorithm
 from veil.common.privacy import Mechanism, calibrate, gaussian_sigma
 
 CENTRE_SHARE = 0.12

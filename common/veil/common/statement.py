@@ -23,7 +23,8 @@ from pydantic import Field, PlainSerializer, PlainValidator, ValidationError, mo
 
 from veil.common.keys import NodeKey, verify
 from veil.common.noise import OSNoise
-from veil.common.plan import Section, plan_error
+from veil.common.plan import plan_error
+from veil.common.plan_sections import Section
 from veil.common.privacy import Mechanism, NeighboringRelation, NoiseShares, PrivacySpent, PrivacyUnit
 
 MAX_RELEASES = 1_000_000

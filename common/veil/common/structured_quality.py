@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veil.common.evaluation import EVALUATION_NORM, NoisyCounts, design, loss_cap, quality, released_size, times
-from veil.common.plan import Form, Task
+from veil.common.plan_sections import Form, Task
 
 WORDS_NORM: Final = EVALUATION_NORM
 """L2 bound of one unit's vector of labelled words."""

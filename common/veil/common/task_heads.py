@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from veil.common.backbone import Pooling
 from veil.common.boxes import box_loss, found_shares, seen, targets_of
-from veil.common.plan import Task
+from veil.common.plan_sections import Task
 from veil.common.preprocessing import ModelInput, Reader
 from veil.common.structured_quality import TOKEN_LOSS_CAP, answer_shares, word_outcome
 from veil.common.text_reading import PromptReader, QuestionReader, WordReader

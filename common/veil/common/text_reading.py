@@ -12,7 +12,7 @@ import threading
 from pathlib import Path
 from typing import Any, Final
 
-from veil.common.plan import Task
+from veil.common.plan_sections import Task
 from veil.common.preprocessing import ModelInput, TextReader, unpadded
 from veil.common.truths import question_and_text
 

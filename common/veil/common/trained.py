@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veil.common.head import WEIGHT
-from veil.common.plan import STRUCTURED, RunPlan, Transfer
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import STRUCTURED, Transfer
 
 GRADIENT: Final = "gradient"
 """Name of the released vector: the head's numbers, then those of the tuned tensors by name."""

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from veil.common.plan import Form
+from veil.common.plan_sections import Form
 
 SAID: Final[Mapping[Form, str]] = {
     "tokens": "each word with one of: {}",

@@ -28,7 +28,8 @@ from veil.common.frozen_prefix import ROOM_BYTES, FrozenPrefix, lowest_trained
 from veil.common.head import CENTRE, INTERCEPT, WEIGHT
 from veil.common.lazy_backbone import LazyBackbone
 from veil.common.memory import READ_BYTES, Footprint, held_now, in_flight, size_of, weigh
-from veil.common.plan import STRUCTURED, RunPlan
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import STRUCTURED
 from veil.common.preprocessing import ModelInput
 from veil.common.structured_quality import outcome_size
 from veil.common.task_heads import Record, Truth, task_head

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from veil.common.errors import PlanError
-from veil.common.plan import Transfer
+from veil.common.plan_sections import Transfer
 from veil.common.trained import tuned_name
 
 _SMALL = 0.02

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from veil.common import pickled
 from veil.common.errors import WeightsError
-from veil.common.plan import Backbone
+from veil.common.plan_sections import Backbone
 
 WEIGHTS_NAME: Final = "model.safetensors"
 COMPANIONS: Final = (

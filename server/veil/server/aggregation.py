@@ -15,7 +15,7 @@ from flwr.serverapp.strategy.fedtrimmedavg import trim_mean
 from flwr.serverapp.strategy.multikrum import select_multikrum
 from numpy.typing import NDArray
 
-from veil.common.plan import Cohort
+from veil.common.plan_sections import Cohort
 from veil.common.update import Points, Update, doublings, finest, sum_points
 
 

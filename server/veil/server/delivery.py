@@ -19,7 +19,7 @@ from typing import Final
 from veil.common.delivery import CHUNK_BYTES, Chunk, Manifest, Position, Progress, Standing, manifest_of, shelved
 from veil.common.errors import RefusalCode, WeightsError
 from veil.common.pickled import converted_from, kind_of
-from veil.common.plan import Backbone
+from veil.common.plan_sections import Backbone
 from veil.common.weights import as_safetensors, locate
 
 Ask = Callable[[Mapping[str, Manifest | Chunk]], Mapping[str, Progress]]

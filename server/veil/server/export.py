@@ -21,7 +21,7 @@ from safetensors.numpy import save
 
 from veil.common.errors import InputError
 from veil.common.head import CENTRE, HEAD_FILE, WEIGHT
-from veil.common.plan import STRUCTURED
+from veil.common.plan_sections import STRUCTURED
 from veil.common.update import Adapter
 from veil.server.export_card import export_card
 from veil.server.export_structured import goes_on, write_going_on

@@ -12,7 +12,7 @@ from typing import Final
 
 from veil.common.errors import InputError
 from veil.common.head import HEAD_FILE
-from veil.common.plan import Task
+from veil.common.plan_sections import Task
 from veil.server.export_target import Target
 from veil.server.merging import write_merged, write_peft
 from veil.server.model import TunedModel

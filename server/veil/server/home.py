@@ -18,7 +18,8 @@ from pydantic import AfterValidator, Field, ValidationError
 from veil.common.durable import sync_folder
 from veil.common.errors import InputError
 from veil.common.keys import NodeKey
-from veil.common.plan import Section, plan_error, read_toml
+from veil.common.plan import plan_error, read_toml
+from veil.common.plan_sections import Section
 from veil.server.tls_certificate import general_name
 
 SETTINGS_NAME = "coordinator.toml"

@@ -16,7 +16,7 @@ from torch import nn
 
 from veil.common.backbone import load_backbone
 from veil.common.errors import InputError, RunError
-from veil.common.plan import Backbone
+from veil.common.plan_sections import Backbone
 from veil.common.trained import is_tuned, parameter_of
 from veil.common.unfreezing import unfreeze
 from veil.common.weights import WEIGHTS_NAME, sha256_of

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from veil.common.errors import InputError, PlanError
 from veil.common.head import CENTRE, HEAD_FILE, INTERCEPT, predict
-from veil.common.plan import STRUCTURED, Backbone, Form, RunPlan
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import STRUCTURED, Backbone, Form
 from veil.common.update import Adapter
 from veil.common.weights import fingerprint
 from veil.server.anomaly import ANOMALY_FILE, AnomalyModel

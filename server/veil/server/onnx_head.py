@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from veil.common.errors import InputError
 from veil.common.head import CENTRE, INTERCEPT, WEIGHT
-from veil.common.plan import Task
+from veil.common.plan_sections import Task
 from veil.common.update import Adapter
 
 INPUT: Final = "features"

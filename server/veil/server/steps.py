@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veil.common.objective import OBJECTIVES
-from veil.common.plan import STRUCTURED, Form
+from veil.common.plan_sections import STRUCTURED, Form
 
 LOGIT_NOISE = 1.0
 """ν: standard deviation of the noise that each weight has at the end, so about that of a record's logits."""

@@ -11,7 +11,8 @@ from contextlib import closing
 from pathlib import Path
 
 from veil.common.errors import InputError, PlanError
-from veil.common.plan import Backbone, RunPlan
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Backbone
 from veil.common.schedule import schedule
 from veil.common.weights import locate
 from veil.server.delivery import BackboneShelf

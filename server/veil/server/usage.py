@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from veil.common.head import HEAD_FILE, INTERCEPT
-from veil.common.plan import Modality, Task
+from veil.common.plan_sections import Modality, Task
 from veil.server.onnx_head import Bounds
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from veil.common.errors import InputError
 from veil.common.objective import from_range
-from veil.common.plan import Task
+from veil.common.plan_sections import Task
 
 THERE = 0.5
 """Probability from which one of several labels is said to be there."""

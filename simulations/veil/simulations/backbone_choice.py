@@ -23,7 +23,8 @@ from veil.common.head import head_inputs, unit_rows
 from veil.common.lazy_backbone import find_backbone
 from veil.common.objective import classes_of
 from veil.common.pickled import kind_of
-from veil.common.plan import Backbone, RunPlan, Section, Simulation, plan_error, read_toml
+from veil.common.plan import RunPlan, plan_error, read_toml
+from veil.common.plan_sections import Backbone, Section, Simulation
 from veil.common.transferability import Probe, linear_probe, logme, spread
 from veil.common.weights import COMPANIONS, PinnedWeights, locate
 from veil.simulations.evaluation import PENALTY

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from veil.client.examples import Examples
 from veil.common.head import predict
 from veil.common.lazy_backbone import LazyBackbone
-from veil.common.plan import RunPlan, Training, Transfer, clipping_bound
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Training, Transfer, clipping_bound
 from veil.common.update import Adapter
 from veil.simulations.evaluation import Scores, mean_scores, non_private, score, score_outcomes
 from veil.simulations.federation import federate

@@ -165,7 +165,7 @@ def predict(
     as_json: JsonOption = False,
 ) -> None:
     """Ask a tuned model."""
-    from veil.common.plan import STRUCTURED
+    from veil.common.plan_sections import STRUCTURED
     from veil.server.model import TunedModel
     from veil.simulations import answers
     from veil.simulations.inputs import read_inputs

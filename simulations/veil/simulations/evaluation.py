@@ -19,7 +19,7 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss
 from veil.common.head import predict, unit_rows
 from veil.common.label_quality import THRESHOLD
 from veil.common.objective import OBJECTIVES, Targets, classes_of, form_of
-from veil.common.plan import Form, Task
+from veil.common.plan_sections import Form, Task
 from veil.common.structured_quality import SECOND
 from veil.common.update import Adapter
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from veil.common.errors import InputError
 from veil.common.head import CENTRE, INTERCEPT, WEIGHT, head_inputs
-from veil.common.plan import STRUCTURED
+from veil.common.plan_sections import STRUCTURED
 from veil.server.model import TunedModel
 
 if TYPE_CHECKING:

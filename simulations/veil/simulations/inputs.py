@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from veil.common.errors import InputError
 from veil.common.head import scaled
-from veil.common.plan import Modality, Task
+from veil.common.plan_sections import Modality, Task
 from veil.common.sound import SUFFIXES as SOUNDS
 from veil.common.truths import asked
 

@@ -21,7 +21,8 @@ from veil.common.exchange import RoundRequest
 from veil.common.head import initial_adapter, predict
 from veil.common.noise import NoiseSource, OSNoise
 from veil.common.objective import OBJECTIVES, Targets, form_of
-from veil.common.plan import Cohort, Form, RunPlan
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Cohort, Form
 from veil.common.privacy.auditing import Separation
 from veil.common.schedule import schedule
 from veil.common.update import Adapter

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from veil.client.examples import Examples
 from veil.common.errors import InputError
 from veil.common.objective import Targets, classes_of, form_of
-from veil.common.plan import Simulation
+from veil.common.plan_sections import Simulation
 
 Integers = npt.NDArray[np.int64]
 

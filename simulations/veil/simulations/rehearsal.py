@@ -17,7 +17,8 @@ import pandas as pd
 
 from veil.client.examples import named_columns, read_table
 from veil.common.errors import InputError, PlanError, RunError
-from veil.common.plan import Columns, RunPlan, Simulation
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Columns, Simulation
 from veil.common.schedule import schedule
 from veil.common.update import Adapter
 from veil.server.jobs import Job, Phase

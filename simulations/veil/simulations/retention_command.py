@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from veil.client.examples import read_table
 from veil.common.errors import InputError, RunError, TableError
-from veil.common.plan import RunPlan, Task
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Task
 from veil.common.retention import Perplexities, Retention, perplexities, retention
 from veil.server.model import TunedModel
 

@@ -25,7 +25,8 @@ from veil.client.ledger import Entry, entries_by_site, total
 from veil.common.errors import PlanError
 from veil.common.keys import NodeKey
 from veil.common.lazy_backbone import LazyBackbone, find_backbone
-from veil.common.plan import STRUCTURED, RunPlan, Simulation
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import STRUCTURED, Simulation
 from veil.common.privacy import spent
 from veil.common.schedule import schedule
 from veil.common.update import Adapter

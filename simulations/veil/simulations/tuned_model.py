@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from veil.common.lazy_backbone import LazyBackbone, find_backbone
-from veil.common.plan import Backbone, Device, RunPlan
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Backbone, Device
 from veil.common.tunable import TunableModel, load_tunable
 
 _mutex = threading.Lock()

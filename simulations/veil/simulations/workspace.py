@@ -34,7 +34,8 @@ from veil.common.exchange import RoundRequest
 from veil.common.group_quality import NO_GROUP, group_numbers
 from veil.common.keys import NodeKey
 from veil.common.noise import NoiseSource, OSNoise
-from veil.common.plan import Backbone, RunPlan, Simulation
+from veil.common.plan import RunPlan
+from veil.common.plan_sections import Backbone, Simulation
 from veil.common.statement import key_fingerprint
 from veil.simulations.partition import Share
 from veil.simulations.unprivate_noise import FixedNoise, NoNoise
