@@ -32,12 +32,13 @@ def _study(rows: Rows) -> list[str]:
     if all(row["mode"].startswith("head") for row in rows):
         return []
     first, noises = rows[0], [one for one in ("os", "none") if any(row["noise"] == one for row in rows)]
-    head = {"os": f"ε = {first['epsilon']:g} | above the head", "none": "no noise | above the head"}
+    what = {"os": f"ε = {first['epsilon']:g}", "none": "no noise"}
+    head = {noise: f"{words} | above the head | macro-F1" for noise, words in what.items()}
     lines = [
         f"\n### {first['study']}\n",
         f"{first['units']} training units in {first['sites']} sites; {first['judged']} held-out records.\n",
         f"| mode | numbers that train | rounds | {' | '.join(head[one] for one in noises)} | seeds |",
-        f"|---|---|---|{'---|---|' * len(noises)}---|",
+        f"|---|---|---|{'---|---|---|' * len(noises)}---|",
     ]
     modes = list(dict.fromkeys(row["mode"] for row in rows))
     lines += [_line(mode, rows, noises) for mode in modes]
@@ -54,6 +55,7 @@ def _line(mode: str, rows: Rows, noises: list[str]) -> str:
         cells += [
             _spread([row["accuracy"] for row in runs]),
             _spread(gains, "+") if not mode.startswith("head") else "",
+            _spread([row["macro_f1"] for row in runs]),
         ]
     training, first = mine[0]["plan"]["training"], mine[0]["plan"]["transfer"].get("head_rounds", 0)
     deep = f"{first} of the head, {training['rounds'] - first} of a sample of {training.get('sample_rate') or 1:g}"

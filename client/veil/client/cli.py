@@ -160,8 +160,9 @@ def approve(
         return
     asked = _find(approvals.runs(), run_name)
     _show(asked, file)
-    if not yes:
-        typer.confirm("Let this run use this site?", abort=True)
+    if not yes and not typer.confirm("Let this run use this site?"):
+        typer.echo(f"{asked.job} goes on waiting; veil site refuse {asked.job} --home {home} answers it with no")
+        return
     approvals.decide(asked.job, approve=True, plan_sha256=asked.plan_sha256)
     typer.echo(f"approved {asked.job}")
 
