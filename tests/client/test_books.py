@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from veil.client.books import WRITE_OFF, Books, Entry, total
+from veil.client.books import WRITE_OFF, Books, Entry, total, total_alone, without_masks
 from veil.client.chain import genesis, seal
 from veil.common.keys import NodeKey
-from veil.common.privacy import Mechanism, spent, spent_over_runs
+from veil.common.privacy import Mechanism, NoiseShares, spent, spent_over_runs
 from veil.common.schedule import Release, ReleaseKind
 
 MECHANISM = Mechanism(noise_multiplier=8.0, max_grad_norm=0.5)
@@ -121,3 +121,15 @@ def test_one_line_without_private_noise_makes_the_cost_infinite(noise: str) -> N
     entries = [Entry(job=job, round=1, mechanism=MECHANISM, noise=n, plan="") for job, n in (("a", "os"), ("b", noise))]
     assert total(entries, 1e-5).epsilon == total(entries, 1e-5, "b").epsilon == math.inf
     assert total(entries, 1e-5, "a").epsilon < math.inf
+
+
+def test_what_holds_without_masks_is_told_of_runs_that_had_them() -> None:
+    bare = Entry(job="bare", round=1, mechanism=MECHANISM, noise="os", plan="p")
+    masked = Entry(
+        job="masked", round=1, mechanism=MECHANISM, noise="os", plan="q", shares=NoiseShares(sites=4, colluding=1)
+    )
+    assert without_masks([bare], 1e-5) is None
+    assert without_masks([bare, masked], 1e-5, "bare") is None
+    assert without_masks([bare, masked], 1e-5) == total_alone([bare, masked], 1e-5)
+    alone = without_masks([bare, masked], 1e-5, "masked")
+    assert alone is not None and alone.epsilon > total([masked], 1e-5).epsilon

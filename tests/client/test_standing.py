@@ -58,6 +58,7 @@ def test_a_new_site_spent_nothing_and_waits_for_nothing(make_file: MakeFile) -> 
     found = standing(file)
     assert (found.agent, found.answered, found.waiting, found.runs) == ("stopped", 0, (), {})
     assert found.spent.epsilon == 0.0
+    assert found.unmasked is None
     assert list(file.agent.state.iterdir()) == [], "looking must change nothing"
     assert list(found.lines()) == [
         "Ulm at https://127.0.0.1:1: agent stopped",

@@ -156,6 +156,16 @@ def test_the_epsilon_of_an_evaluation_is_in_the_sites(make_plan: MakePlan, state
     assert ulm["epsilon"] == spent([release.mechanism for release in schedule(plan)], 1e-5).epsilon
 
 
+def test_where_noise_is_shared_what_holds_without_masks_is_told_too(make_plan: MakePlan, state: RunState) -> None:
+    plan = make_plan(privacy={"target_epsilon": 3.0, "noise": "distributed"})
+    ulm = site(build_run_report(plan, "j", state, {}), "Ulm")
+    shares = [record.shares(plan) for record in state.records if "Ulm" in record.sites]
+    alone = [one.unmasked(release.mechanism) for one, release in zip(shares, schedule(plan), strict=True) if one]
+    assert len(alone) == ulm["rounds"] == 4
+    assert ulm["epsilon_without_masks"] == spent(alone, 1e-5).epsilon > ulm["epsilon"]
+    assert site(build_run_report(make_plan(), "j", state, {}), "Ulm")["epsilon_without_masks"] is None
+
+
 def test_without_an_evaluation_there_is_none(report: dict[str, Any]) -> None:
     assert report["evaluation"] is None
 

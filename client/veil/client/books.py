@@ -155,3 +155,9 @@ def total(entries: Sequence[Entry], delta: float, job: str | None = None) -> Pri
 def total_alone(entries: Sequence[Entry], delta: float, job: str | None = None) -> PrivacySpent:
     """What ledger lines cost if every mask had been taken off: the site's own noise alone; arguments as in `total`."""
     return total([entry.alone for entry in entries], delta, job)
+
+
+def without_masks(entries: Sequence[Entry], delta: float, job: str | None = None) -> PrivacySpent | None:
+    """`total_alone`, or None where no noise was shared and it would be `total`."""
+    shared = any(entry.shares is not None for entry in entries if job in (None, entry.job))
+    return total_alone(entries, delta, job) if shared else None

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from veil.client.anchor import Anchor, disagreement
-from veil.client.books import Books, Entry, Extract, total, total_alone
+from veil.client.books import Books, Entry, Extract, total, total_alone, without_masks
 from veil.client.chain import Line, examine, genesis, seal
 from veil.client.lines import FileLock, LineFile
 from veil.common.errors import InputError, RefusalCode, RefusalError
@@ -36,7 +36,17 @@ from veil.common.privacy import (
 from veil.common.privacy.mechanism import MIN_NOISE_MULTIPLIER
 from veil.common.schedule import Release
 
-__all__ = ["Claim", "Entry", "Ledger", "Masking", "entries_by_site", "entries_of", "total", "total_alone"]
+__all__ = [
+    "Claim",
+    "Entry",
+    "Ledger",
+    "Masking",
+    "entries_by_site",
+    "entries_of",
+    "total",
+    "total_alone",
+    "without_masks",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

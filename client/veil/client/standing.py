@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from veil.client.approvals import Approvals, Decision
-from veil.client.ledger import entries_of, total
+from veil.client.ledger import entries_of, total, without_masks
 from veil.client.site_file import SiteFile
 from veil.client.wording import REFUSALS
 from veil.common.privacy import PrivacySpent
@@ -32,6 +32,7 @@ class Standing:
         refused: offers and rounds refused since then, by code.
         waiting: runs that wait for the operator.
         spent: of everything so far.
+        unmasked: the same if this site's masks were taken off; None where it never shared noise.
         lifetime: the limit on its ε.
         runs: what each run cost.
     """
@@ -43,6 +44,7 @@ class Standing:
     refused: Mapping[str, int]
     waiting: tuple[str, ...]
     spent: PrivacySpent
+    unmasked: PrivacySpent | None
     lifetime: float
     runs: Mapping[str, PrivacySpent]
 
@@ -56,6 +58,7 @@ class Standing:
             "refused": dict(self.refused),
             "waiting": list(self.waiting),
             "epsilon": self.spent.finite_epsilon,
+            "epsilon_without_masks": self.unmasked.finite_epsilon if self.unmasked else None,
             "lifetime": self.lifetime,
             "delta": self.spent.delta,
             "runs": {job: spent.finite_epsilon for job, spent in self.runs.items()},
@@ -73,6 +76,8 @@ class Standing:
         for run, spent in self.runs.items():
             yield f"run {run}: ε {spent.epsilon:.4g}"
         yield f"everything so far: ε {self.spent.epsilon:.4g} of {self.lifetime:g} at δ = {self.spent.delta:g}"
+        if self.unmasked is not None:
+            yield f"if this site's masks were taken off: ε {self.unmasked.epsilon:.4g}"
 
 
 def standing(file: SiteFile) -> Standing:
@@ -94,6 +99,7 @@ def standing(file: SiteFile) -> Standing:
         refused=said.get("refused", {}),
         waiting=tuple(one.job for one in runs if one.decision is Decision.PENDING),
         spent=total(entries, delta),
+        unmasked=without_masks(entries, delta),
         lifetime=file.limits.epsilon_lifetime,
         runs={job: total(entries, delta, job) for job in dict.fromkeys(one.job for one in entries)},
     )

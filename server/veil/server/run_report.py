@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -22,7 +22,7 @@ from veil.common.evaluation_forms import figures, vector_size
 from veil.common.group_quality import groups_quality
 from veil.common.mismatch import Mismatch
 from veil.common.plan import RunPlan
-from veil.common.privacy import NeighboringRelation, spent
+from veil.common.privacy import Mechanism, NeighboringRelation, spent
 from veil.common.schedule import ReleaseKind, schedule
 from veil.server.state import RoundRecord, RunState
 
@@ -157,17 +157,28 @@ def _told(sums: NDArray[np.float64], deviation: float, plan: RunPlan) -> dict[st
     return {**told, **groups_quality(by_group, deviation, plan.groups).to_report()} if plan.groups else told
 
 
+def _unmasked(plan: RunPlan, records: Sequence[RoundRecord], name: str) -> Iterator[Mechanism]:
+    """What a site's masked releases are for whoever takes its masks off; nothing where it added all its noise."""
+    mechanisms = {release.round: release.mechanism for release in schedule(plan)}
+    for record in records:
+        shares = record.shares(plan)
+        if shares is not None and name in record.sites:
+            yield shares.unmasked(mechanisms[record.round])
+
+
 def _site(plan: RunPlan, state: RunState, name: str) -> dict[str, Any]:
     """One site: ε of the replies the coordinator received, a lower bound on what the site's own ledger holds."""
     answered = {record.round for record in state.records if name in record.sites}
     done = [release.mechanism for release in schedule(plan) if release.round in answered]
     cost = spent(done, plan.privacy.target_delta).epsilon if done else 0.0
+    alone = list(_unmasked(plan, state.records, name))
     refusals = {str(record.round): record.refusals[name] for record in state.records if name in record.refusals}
     return {
         "name": name,
         "records": None,
         "units": state.declared.get(name),
         "epsilon": cost,
+        "epsilon_without_masks": spent(alone, plan.privacy.target_delta).epsilon if alone else None,
         "delta": plan.privacy.target_delta,
         "rounds": len(done),
         "refusals": {**({"offer": state.declined[name]} if name in state.declined else {}), **refusals},

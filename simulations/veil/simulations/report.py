@@ -40,6 +40,7 @@ class SiteResult:
         test_records: that it does not have, for the exact scores below.
         units: of `records` (records or patients).
         spent: what the run cost one unit, from the site's ledger.
+        unmasked: the same if the site's masks were taken off; None where it shared no noise.
         rounds: releases in the ledger.
         refusals: reasons by round.
         federated: the common model on the site's held-out records.
@@ -53,6 +54,7 @@ class SiteResult:
     test_records: int
     units: int
     spent: PrivacySpent
+    unmasked: PrivacySpent | None
     rounds: int
     refusals: dict[int, str]
     federated: Scores
@@ -145,9 +147,11 @@ def _statement(result: SimulationResult) -> str:
     if not result.private:
         return "NOT PRIVATE: a simulation without the operating system's noise; its ε is unbounded."
     worst = max(site.spent.epsilon for site in result.sites)
+    unmasked = max((site.unmasked.epsilon for site in result.sites if site.unmasked), default=None)
+    instead = "" if unmasked is None else f" If its masks were taken off, ε would be {unmasked:.4g} instead."
     return (
         f"All that left a site is ({worst:.4g}, {privacy.target_delta:g})-differentially private "
-        f"with respect to adding or removing one {privacy.unit.value} of that site."
+        f"with respect to adding or removing one {privacy.unit.value} of that site.{instead}"
     )
 
 
@@ -162,6 +166,7 @@ def _site(site: SiteResult) -> dict[str, Any]:
         "test_records": site.test_records,
         "units": site.units,
         "epsilon": site.spent.finite_epsilon,
+        "epsilon_without_masks": site.unmasked.finite_epsilon if site.unmasked else None,
         "delta": site.spent.delta,
         "accountants": dict(site.spent.by_accountant),
         "rounds": site.rounds,

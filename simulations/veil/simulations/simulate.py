@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from veil.client.examples import Examples, read_examples
 from veil.client.features import cached_features
-from veil.client.ledger import Entry, entries_by_site, total
+from veil.client.ledger import Entry, entries_by_site, total, without_masks
 from veil.common.errors import PlanError
 from veil.common.keys import NodeKey
 from veil.common.lazy_backbone import LazyBackbone, find_backbone
@@ -273,6 +273,7 @@ def _site_result(
         test_records=len(share.test),
         units=len(np.unique(pool.examples.units[share.train])),
         spent=total(entries, pool.plan.privacy.target_delta),
+        unmasked=without_masks(entries, pool.plan.privacy.target_delta),
         rounds=len(entries),
         refusals=refusals_of(outcome.records, share.site),
         federated=pool.score(outcome.adapter, share.test),
