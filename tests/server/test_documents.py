@@ -76,7 +76,7 @@ def plan(make_plan: Callable[..., RunPlan]) -> RunPlan:
 def signed(
     plan: RunPlan, site: str, noise: str = "os", *, simulation: bool = False, audit: dict[str, Any] | None = None
 ) -> SignedStatement:
-    done = [release.mechanism for release in schedule(plan)]
+    done, heads = [release.mechanism for release in schedule(plan)], plan.transfer.head_rounds
     cost = Cost.of(spent(done, 1e-5)) if noise == "os" else Cost(epsilon=None, by_accountant={})
     statement = Statement(
         simulation=simulation,
@@ -89,7 +89,10 @@ def signed(
         noise=noise,
         releases=(
             Releases(first=0, last=0, kind="centre", mechanism=done[0], count=1),
-            Releases(first=1, last=3, kind="gradient", mechanism=done[1], count=3),
+            *(
+                Releases(first=first, last=last, kind="gradient", mechanism=done[first], count=last - first + 1)
+                for first, last in ([(1, 3)] if not heads else [(1, heads), (heads + 1, 3)])
+            ),
         ),
         ledger=(LedgerRun(this_run=True, noise=noise, mechanisms=summed_up([(one, None) for one in done])),),
         ledger_head="0" * 64,
@@ -189,6 +192,27 @@ def test_the_statement_says_what_left_what_it_cost_and_how_to_check(write: Write
     ):
         assert said in page.shown, said
     assert "SIMULATION" not in page.shown and "NOT PRIVATE" not in page.shown
+
+
+def test_the_statement_says_what_trained_below_the_head_and_from_which_round(
+    write: Write, make_plan: Callable[..., RunPlan]
+) -> None:
+    backbone = {"source": "hub:org/name@1", "sha256": "5" * 64, "licence": "Apache-2.0"}
+    task = {"kind": "text-classification", "labels": ["a", "b"]}
+    training, rank = {"rounds": 3}, "changes of rank 4 in the attention of the top 2 blocks"
+    shown_of = {}
+    for mode in ({"mode": "lora", "rank": 4, "layers": 2, "head_rounds": 1}, {"mode": "full"}, {}):
+        deep = make_plan(task=task, backbone=backbone, transfer=mode, training=training)
+        shown_of[mode.get("mode")] = write(of=deep)[1].shown
+    lora = shown_of["lora"]
+    assert f"Trained: a new output layer and {rank}, of the pretrained model hub:org/name@1. All else in it" in lora
+    head, below = (
+        lora.index(f"{RELEASED['gradient']}: a new output layer alone"),
+        lora.index(f"{RELEASED['gradient']}: a new output layer and {rank}"),
+    )
+    assert head < below
+    assert "every weight" in shown_of["full"] and "Nothing in it stayed as it was" in shown_of["full"]
+    assert "Trained: a new output layer of the pretrained model hub:org/name@1. All else in it stayed" in shown_of[None]
 
 
 def test_odds_are_those_of_the_largest_epsilon(write: Write) -> None:

@@ -14,6 +14,7 @@ from veil.common.certificate import Certificate
 from veil.common.plan import RunPlan
 from veil.common.statement import Releases, key_fingerprint
 from veil.common.statement_check import CheckedSite
+from veil.common.trained import of_head, trained_words
 from veil.common.truths import SAID
 from veil.common.verdict import Verdict, Word
 from veil.server.paper import code, heading, notice, paragraph, points, sheet, table, under
@@ -38,6 +39,8 @@ _INPUTS = {
     "audio": "sounds",
     "tabular": "rows of numbers",
 }
+
+_KEPT = {False: "All else in it stayed as it was.", True: "Nothing in it stayed as it was."}
 
 _NOT_PROMISED = (
     "That nothing can be learned about a person: what is true of people in general can be learned from a model, and "
@@ -67,7 +70,7 @@ def statement_page(certificate: Certificate, verdict: Verdict, plan: RunPlan) ->
         heading("What was trained"),
         paragraph(_trained(plan, len(verdict.sites) + len(certificate.missing))),
         heading("What left each site"),
-        table(("Site", "What", "Rounds", "Times"), _left(verdict.sites)),
+        table(("Site", "What", "Rounds", "Times"), _left(verdict.sites, plan)),
         paragraph(
             "No record, no text or image, no exact count and no exact score left a site; one whose owner declared its "
             "number of units public told that as well, as the run's report shows. Where a site failed while it drew a "
@@ -114,7 +117,8 @@ def _trained(plan: RunPlan, sites: int) -> str:
     start = (
         "It starts from nothing but the numbers."
         if plan.backbone is None
-        else f"The pretrained model {plan.backbone.source} stayed as it was; only its last layer was made anew."
+        else f"Trained: {trained_words(plan.transfer)}{',' * plan.transfer.deep} of the pretrained model "
+        f"{plan.backbone.source}. {_KEPT[plan.transfer.mode == 'full']}"
     )
     return (
         f"A model that reads {inputs} and answers {asked(plan)}. {sites} sites taught it together from their own "
@@ -133,10 +137,19 @@ def asked(plan: RunPlan) -> str:
     return f"any of: {labels}" if plan.task.form == "multilabel" else f"one of: {labels}"
 
 
-def _left(sites: Mapping[str, CheckedSite]) -> Iterator[tuple[str, str, str, str]]:
+def _left(sites: Mapping[str, CheckedSite], plan: RunPlan) -> Iterator[tuple[str, str, str, str]]:
     for name, site in sites.items():
         for one in site.statement.releases:
-            yield name, RELEASED.get(one.kind, one.kind), _rounds(one), str(one.count)
+            yield name, released(one, plan), _rounds(one), str(one.count)
+
+
+def released(one: Releases, plan: RunPlan) -> str:
+    """What left, in words; of a gradient where more than a head trains, of how much it is."""
+    words = RELEASED.get(one.kind, one.kind)
+    if one.kind != "gradient" or not plan.transfer.deep:
+        return words
+    head_alone = of_head(plan, one.last)
+    return f"{words}: {'a new output layer alone' if head_alone else trained_words(plan.transfer)}"
 
 
 def _rounds(one: Releases) -> str:
