@@ -110,3 +110,10 @@ def test_a_damaged_table_is_named(tmp_path: Path) -> None:
     (tmp_path / "t.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match=r"t\.parquet"):
         read_inputs(str(tmp_path / "t.parquet"), TEXT, [])
+
+
+def test_a_text_that_is_named_like_a_picture_is_no_text() -> None:
+    for name in ("photo.png", "scans/a.JPG", "cough.wav"):
+        with pytest.raises(InputError, match="a picture or sound"):
+            read_inputs(name, TEXT, ())
+    assert read_inputs("see photo.png", TEXT, ()).names == ("see photo.png",)

@@ -276,6 +276,10 @@ def verify_ledger(home: HomeOption = _HOME, as_json: JsonOption = False) -> None
     from veil.common.keys import NodeKey
 
     file = _read(home)
+    if not file.agent.ledger.exists() and not file.agent.anchor.exists():
+        none = json.dumps({"lines": 0, "head": None, "findings": []}, indent=2)
+        typer.echo(none if as_json else "0 lines; the ledger is made with the agent's first start")
+        return
     key = NodeKey.load(file.agent.key)
     found = verify(file.agent.ledger, file.name, key.public_pem, anchor=file.agent.anchor)
     if as_json:
@@ -284,7 +288,8 @@ def verify_ledger(home: HomeOption = _HOME, as_json: JsonOption = False) -> None
     else:
         for finding in found.findings:
             typer.echo(str(finding))
-        typer.echo(f"{found.lines} lines, head {found.head}")
+        order = "" if found.findings else "; chain, signatures, answers and anchor in order"
+        typer.echo(f"{found.lines} lines, head {found.head}{order}")
     if found.findings:
         raise RunError(f"{len(found.findings)} findings", "an untouched ledger", "restore the newest copy")
 

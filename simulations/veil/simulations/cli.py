@@ -365,7 +365,10 @@ def forecast_plan(
         int | None, typer.Option(min=1, max=1_000_000, help="Units per site; the plan's nominal_units by default.")
     ] = None,
     sites: Annotated[
-        int | None, typer.Option(min=1, max=100_000, help="How many sites; the plan's min_sites by default.")
+        int | None,
+        typer.Option(
+            min=1, max=100_000, help="How many sites; by default the plan's simulation.sites, or its min_sites."
+        ),
     ] = None,
     expected: Annotated[
         float | None,

@@ -47,7 +47,7 @@ def sizes_of(
 
     Args:
         plan: names the classes, the fewest sites, perhaps the units of each.
-        sites: how many; without it, `cohort.min_sites`.
+        sites: how many; without it, as many as the plan simulates, or else `cohort.min_sites`.
         units: of each site; without it, `cohort.nominal_units`.
         width: features of a record; without it, the backbone's, or the plan's columns.
         shares: of the classes, in the plan's order; equal when empty.
@@ -69,8 +69,9 @@ def sizes_of(
     least = plan.cohort.min_sites
     if sites is not None and sites < least:
         raise InputError(f"{sites} sites", f"cohort.min_sites = {least} or more", "give --sites, or lower min_sites")
+    played = plan.simulation.sites if plan.simulation is not None else None
     return Sizes(
-        sites=sites if sites is not None else least,
+        sites=sites if sites is not None else max(least, played or least),
         units=nominal,
         width=width if width is not None else _width(plan, base),
         shares=told,

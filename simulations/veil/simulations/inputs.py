@@ -74,6 +74,12 @@ def read_inputs(source: str, task: Task, columns: Sequence[str]) -> Inputs:
             "a text, a .txt with a text a line, or a .csv or .parquet table",
             "save the texts as one of these; a text that is a file's name too goes into a .txt",
         )
+    if len(source.split()) == 1 and any(path.suffix.lower() in kinds for kinds in _FILES.values()):
+        raise InputError(
+            f"INPUT {source}, by its name a picture or sound, for a model of texts",
+            "a text, a .txt with a text a line, or a .csv or .parquet table",
+            "name what the model reads; a text that looks like a file's name goes into a .txt",
+        )
     return Inputs(names=(source,), records=(source,))
 
 

@@ -22,6 +22,7 @@ _NAMES = {
     "non_private": "all records pooled, no privacy",
     "centralized_dp": "all records pooled, with DP",
     "federated": "together (Veil)",
+    "head_only": "together, output layer alone",
     "local_only": "one site alone, with DP (mean)",
     "chosen": "each site keeps the better head, own records",
     "local": "each site its own head, no noise, own records",
@@ -78,7 +79,7 @@ def _draw_rounds(axes: Axes, result: SimulationResult) -> None:
 def _draw_bars(axes: Axes, result: SimulationResult) -> None:
     rows = [
         (_NAMES[name], result.metrics[name].headline, _BLUE if name == "federated" else _GREY)
-        for name in ("non_private", "centralized_dp", "federated", "local_only")
+        for name in ("non_private", "centralized_dp", "federated", "head_only", "local_only")
         if name in result.metrics
     ]
     if result.selections:
@@ -97,7 +98,7 @@ def _draw_bars(axes: Axes, result: SimulationResult) -> None:
     for place, (_, value, _) in zip(places, rows, strict=True):
         axes.text(100 * max(value, 0.0) + 0.8, place, f"{100 * value:.1f}", va="center", fontsize=10, color=_INK)
     axes.set_xlim(min(0.0, *(100 * value for _, value, _ in rows)), 108)
-    axes.set_xlabel(f"{HEADLINES[result.plan.task.form]} on held-out records, of all sites where not said, %")
+    axes.set_xlabel(f"{HEADLINES[result.plan.task.form]} on held-out records,\nof all sites where not said, %")
     _bare(axes)
     axes.tick_params(axis="y", length=0)
 

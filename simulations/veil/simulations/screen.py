@@ -19,6 +19,7 @@ from rich.table import Table
 from veil.client.personal import Origin
 from veil.common.plan import RunPlan
 from veil.server.run_report import evaluation_report
+from veil.server.statement_page import shown
 from veil.simulations.evaluation import HEADLINES, Scores
 from veil.simulations.report import SimulationResult, SiteResult
 from veil.simulations.selection import SiteSelection
@@ -26,6 +27,7 @@ from veil.simulations.selection import SiteSelection
 _WRITTEN = "report.json, picture.png, statement.html, model-card.html, certificate.json, ledger.sqlite, model/"
 _NAMES = (
     ("federated", "together (Veil)"),
+    ("head_only", "together, output layer alone"),
     ("local_only", "one site alone, with DP (mean of sites)"),
     ("centralized_dp", "all records in one place, with DP"),
     ("non_private", "all records in one place, NOT private"),
@@ -133,11 +135,10 @@ def _site_table(result: SimulationResult) -> Table:
     names = ["records", "ε spent", "alone, own", "together, own", "alone, all sites'"]
     for name in names if unit == "record" else ["records", "patients", *names[1:]]:
         table.add_column(name, justify="right")
-    shown = result.sites if len(result.sites) <= _ROWS else result.sites[:_ROWS]
-    for site in shown:
+    for site in result.sites[:_ROWS]:
         table.add_row(*_row(site, patients=unit != "record"))
-    if len(shown) < len(result.sites):
-        table.caption = f"{len(result.sites) - len(shown)} more in report.json"
+    if len(result.sites) > _ROWS:
+        table.caption = f"{len(result.sites) - _ROWS} more in report.json"
     return table
 
 
@@ -169,7 +170,7 @@ def _selector_row(selection: SiteSelection) -> list[str]:
 
 
 def _row(site: SiteResult, *, patients: bool) -> list[str]:
-    epsilon = f"{site.spent.epsilon:.3f}" if math.isfinite(site.spent.epsilon) else "not private"
+    epsilon = shown(site.spent.epsilon) if math.isfinite(site.spent.epsilon) else "not private"
     counts = [str(site.records), str(site.units)] if patients else [str(site.records)]
     scores = (site.local_only, site.federated, site.local_only_everywhere)
     return [site.name, *counts, epsilon, *(f"{100 * s.headline:.1f}" if s else "-" for s in scores)]
