@@ -66,7 +66,7 @@ def test_the_hash_is_of_the_public_part(tmp_path: Path) -> None:
     ("old", "new", "words"),
     [
         ("rounds = 30", "rounds = 0", "training.rounds = 0"),
-        ("rounds = 30", "cohorts = 30", "unknown key training.cohorts"),
+        ("rounds = 30", "cohorts = 30", "unknown key training.cohorts = 30. "),
         ("target_epsilon = 3.0", "target_epsilon = nan", "target_epsilon"),
         ("target_epsilon = 3.0", "target_epsilon = inf", "target_epsilon"),
         ("target_delta = 1e-5", "target_delta = 1.0", "target_delta"),

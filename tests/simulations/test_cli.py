@@ -43,7 +43,7 @@ def refused(veil: Veil, plan: Path, *expected: str, code: int = 2) -> None:
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"training": {"roundz": 3}}, "unknown key training.roundz = 3"),
+        ({"training": {"roundz": 3}}, "unknown key training.roundz = 3 (did you mean rounds?)"),
         ({"privacy": {"target_epsilon": 0}}, "privacy.target_epsilon = 0"),
         ({"privacy": {"target_epsilon": -1}}, "privacy.target_epsilon = -1"),
         ({"privacy": {"target_epsilon": None}}, "missing key privacy.target_epsilon"),

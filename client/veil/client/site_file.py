@@ -279,7 +279,7 @@ def parse_site(document: Mapping[str, Any], path: Path) -> SiteFile:
         return SiteFile.model_validate(dict(document), context={"folder": path.absolute().parent})
     except ValidationError as error:
         raise InputError(
-            masked(plan_error(str(path), error).value),
+            masked(plan_error(str(path), error, SiteFile).value),
             "the keys and ranges of site.toml in client/README.md",
             "correct them",
         ) from None

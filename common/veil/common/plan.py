@@ -10,11 +10,12 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Mapping
+from difflib import get_close_matches
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from veil.common.errors import PlanError
 from veil.common.plan_defaults import with_defaults
@@ -104,16 +105,22 @@ def _parsed(text: str) -> RunPlan:
     try:
         return RunPlan.model_validate_json(text)
     except ValidationError as error:
-        raise plan_error("plan", error) from None
+        raise plan_error("plan", error, RunPlan) from None
 
 
-def plan_error(where: str, error: ValidationError) -> PlanError:
-    """One readable error out of pydantic's list: key, value, expectation."""
+def plan_error(where: str, error: ValidationError, root: type[BaseModel] | None = None) -> PlanError:
+    """One readable error out of pydantic's list: key, value, expectation.
+
+    Args:
+        where: the file, or what it is.
+        error: pydantic's.
+        root: what was read; with it, an unknown key is answered with the nearest one of its section.
+    """
     lines = []
     for one in error.errors(include_url=False):
         key = ".".join(str(part) for part in one["loc"]) or "plan"
         if one["type"] == "extra_forbidden":
-            lines.append(f"unknown key {key} = {_short(one['input'])}")
+            lines.append(f"unknown key {key} = {_short(one['input'])}{_nearest(root, one['loc'])}")
         elif one["type"] == "missing":
             lines.append(f"missing key {key}")
         elif one["type"] == "value_error":
@@ -125,6 +132,17 @@ def plan_error(where: str, error: ValidationError) -> PlanError:
         "the keys and ranges of the plan reference in common/README.md",
         "correct the named keys",
     )
+
+
+def _nearest(root: type[BaseModel] | None, place: tuple[int | str, ...]) -> str:
+    """A question where a section has a key that is written much like an unknown one."""
+    section = root
+    for part in place[:-1]:
+        field = section.model_fields.get(str(part)) if section is not None else None
+        kinds = (field.annotation, *get_args(field.annotation)) if field is not None else ()
+        section = next((one for one in kinds if isinstance(one, type) and issubclass(one, BaseModel)), None)
+    near = get_close_matches(str(place[-1]), section.model_fields if section is not None else (), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _short(value: Any) -> str:
@@ -157,4 +175,4 @@ def parse_plan(path: Path) -> RunPlan:
     try:
         return RunPlan.model_validate_json(json.dumps(document, default=str))
     except ValidationError as error:
-        raise plan_error(str(path), error) from None
+        raise plan_error(str(path), error, RunPlan) from None

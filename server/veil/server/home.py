@@ -91,7 +91,7 @@ class Home:
             settings = Settings.model_validate(read_toml(path))
         except ValidationError as error:
             raise InputError(
-                plan_error(str(path), error).value,
+                plan_error(str(path), error, Settings).value,
                 "the keys and ranges of coordinator.toml in server/README.md",
                 "correct the named keys",
             ) from None

@@ -95,7 +95,7 @@ def _library() -> Any:
         import onnx.numpy_helper
     except ImportError:
         raise InputError(
-            "--to onnx", "the package onnx to be installed", "pip install onnx==1.23.2 (the extra veil[onnx])"
+            "--to onnx", "the package onnx to be installed", "python -m pip install onnx==1.23.2"
         ) from None
     return onnx
 

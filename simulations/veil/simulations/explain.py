@@ -281,7 +281,7 @@ def _require_captum() -> None:
     from importlib.util import find_spec
 
     if find_spec("captum") is None:
-        raise InputError("captum is not installed", "the extra `explain`", 'pip install "veil[explain]"')
+        raise InputError("captum is not installed", "what attributes answers", "python -m pip install captum==0.9.0")
 
 
 def _unit(rows: Tensor) -> Tensor:
