@@ -331,6 +331,13 @@ def test_refuse_takes_an_approval_back(waiting: Site) -> None:
     assert waiting.decision() is Decision.REFUSED
 
 
+def test_refusing_what_ran_says_what_stays_spent(waiting: Site, make_plan: MakePlan, make_request: MakeRequest) -> None:
+    waiting("approve", "job", "--yes")
+    waiting.answer([make_request(make_plan(), 0)])
+    code, out, _ = waiting("refuse", "job")
+    assert (code, out.startswith("refused job; ε "), "stays spent" in out) == (0, True, True)
+
+
 def test_status_tells_what_waits_and_what_was_spent(
     waiting: Site, make_plan: MakePlan, make_request: MakeRequest
 ) -> None:

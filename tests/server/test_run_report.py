@@ -162,8 +162,8 @@ def test_where_noise_is_shared_what_holds_without_masks_is_told_too(make_plan: M
     shares = [record.shares(plan) for record in state.records if "Ulm" in record.sites]
     alone = [one.unmasked(release.mechanism) for one, release in zip(shares, schedule(plan), strict=True) if one]
     assert len(alone) == ulm["rounds"] == 4
-    assert ulm["epsilon_without_masks"] == spent(alone, 1e-5).epsilon > ulm["epsilon"]
-    assert site(build_run_report(make_plan(), "j", state, {}), "Ulm")["epsilon_without_masks"] is None
+    assert ulm["epsilon_alone"] == spent(alone, 1e-5).epsilon > ulm["epsilon"]
+    assert site(build_run_report(make_plan(), "j", state, {}), "Ulm")["epsilon_alone"] is None
 
 
 def test_without_an_evaluation_there_is_none(report: dict[str, Any]) -> None:

@@ -171,11 +171,15 @@ def approve(
 def refuse(run_name: RunArgument, home: HomeOption = _HOME) -> None:
     """Refuse a run, also one that is under way."""
     from veil.client.approvals import Approvals
+    from veil.client.ledger import total
 
-    approvals = Approvals(_read(home).agent.runs)
+    file = _read(home)
+    approvals = Approvals(file.agent.runs)
     asked = _find(approvals.runs(), run_name)
     approvals.decide(asked.job, approve=False, plan_sha256=asked.plan_sha256)
-    typer.echo(f"refused {asked.job}")
+    cost = total(_entries(file), file.limits.delta, asked.job).epsilon
+    spent = f"; ε {cost:.4g} was spent on it before, and stays spent" if cost else ""
+    typer.echo(f"refused {asked.job}{spent}")
 
 
 @app.command()

@@ -58,7 +58,7 @@ class Standing:
             "refused": dict(self.refused),
             "waiting": list(self.waiting),
             "epsilon": self.spent.finite_epsilon,
-            "epsilon_without_masks": self.unmasked.finite_epsilon if self.unmasked else None,
+            "epsilon_alone": self.unmasked.finite_epsilon if self.unmasked else None,
             "lifetime": self.lifetime,
             "delta": self.spent.delta,
             "runs": {job: spent.finite_epsilon for job, spent in self.runs.items()},

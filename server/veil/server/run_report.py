@@ -178,7 +178,7 @@ def _site(plan: RunPlan, state: RunState, name: str) -> dict[str, Any]:
         "records": None,
         "units": state.declared.get(name),
         "epsilon": cost,
-        "epsilon_without_masks": spent(alone, plan.privacy.target_delta).epsilon if alone else None,
+        "epsilon_alone": spent(alone, plan.privacy.target_delta).epsilon if alone else None,
         "delta": plan.privacy.target_delta,
         "rounds": len(done),
         "refusals": {**({"offer": state.declined[name]} if name in state.declined else {}), **refusals},

@@ -166,7 +166,7 @@ def _site(site: SiteResult) -> dict[str, Any]:
         "test_records": site.test_records,
         "units": site.units,
         "epsilon": site.spent.finite_epsilon,
-        "epsilon_without_masks": site.unmasked.finite_epsilon if site.unmasked else None,
+        "epsilon_alone": site.unmasked.finite_epsilon if site.unmasked else None,
         "delta": site.spent.delta,
         "accountants": dict(site.spent.by_accountant),
         "rounds": site.rounds,
