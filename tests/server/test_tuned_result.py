@@ -4,6 +4,7 @@ as the run's model did."""
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from veil.common.errors import PlanError
+from veil.common.errors import InputError, PlanError
 from veil.common.head import WEIGHT
 from veil.common.lazy_backbone import find_backbone
 from veil.common.plan import RunPlan
@@ -87,3 +88,8 @@ def test_a_saved_model_loads_again_and_says_the_same(
     untuned = TunedModel(plan=one.plan, adapter=Adapter(tensors=heads), backbone=backbone)
     assert np.abs(untuned.predict(SAYINGS) - expected).max() > 1e-3
     assert len(back.predict([])) == 0
+    (tmp_path / "elsewhere").rename(tmp_path / "model")
+    with pytest.raises(InputError, match=re.escape(f"give {tmp_path / 'model'}")):
+        TunedModel.load(tmp_path)
+    with pytest.raises(InputError, match=r"none \(not there\).*of a finished run"):
+        TunedModel.load(tmp_path / "none")

@@ -106,10 +106,11 @@ class TunedModel:
             plan = RunPlan.from_json(json.dumps(facts["plan"]))
             adapter = Adapter.from_bytes((folder / HEAD_FILE).read_bytes())
         except (OSError, ValueError, KeyError, PlanError) as error:
+            inside = folder / "model"
             raise InputError(
-                f"{folder} ({type(error).__name__})",
+                f"{folder} ({'not there' if not folder.exists() else type(error).__name__})",
                 f"a model folder with {_FACTS} and {HEAD_FILE}",
-                "give the folder `model` of a finished run",
+                f"give {inside}" if (inside / _FACTS).exists() else "give the folder `model` of a finished run",
             ) from None
         anomaly = _read_anomaly(folder / ANOMALY_FILE, adapter)
         backbone = None
