@@ -175,12 +175,14 @@ def test_an_interrupted_run_leaves_nothing(
     write_plan: Callable[..., Path], tmp_path: Path, number: signal.Signals
 ) -> None:
     plan = write_plan(training={"rounds": 10_000})
+    ours = signal.signal(number, signal.default_int_handler)  # a shell's background job inherits SIGINT as ignored
     process = subprocess.Popen(
         [sys.executable, "-m", "veil.simulations", "simulate", str(plan), "--output", str(tmp_path / "out")],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
+    signal.signal(number, ours)
     partial = tmp_path / ".out.partial" / "work" / "federation" / "ledger.sqlite-wal"
     deadline = time.monotonic() + 120
     while not partial.exists() and time.monotonic() < deadline and process.poll() is None:
