@@ -22,6 +22,7 @@ from veil.common.trained import (
     rate_of,
     released_size,
     trained_in,
+    trained_words,
     tuned_name,
     unfrozen_blocks,
 )
@@ -108,6 +109,14 @@ def test_where_no_head_stands_alone_gradients_are_left_as_they_are() -> None:
     document |= {"task": {"kind": "text-tokens", "labels": ["drug", "dose"]}, "training": {"centre": False}}
     document["cohort"] = {"nominal_units": 100}
     assert gradient_scale(RunPlan.model_validate(document)) == 1
+
+
+def test_a_model_that_writes_on_gets_no_new_output_layer() -> None:
+    document = json.loads(plan({"mode": "lora", "layers": 2}).to_json())
+    assert trained_words(RunPlan.model_validate(document)).startswith("a new output layer and changes of rank 8")
+    document |= {"task": {"kind": "text-generation"}, "cohort": {"nominal_units": 100}}
+    document["training"] = {"centre": False, "learning_rate": 30.0}
+    assert trained_words(RunPlan.model_validate(document)).startswith("changes of rank 8 in the attention of the top 2")
 
 
 def test_the_rate_falls_from_each_block_to_the_one_below_it() -> None:

@@ -101,7 +101,7 @@ def describe_plan(
         width = len(site.data.features)
     lines = [
         f'Run "{_plain(plan.name)}", job {_plain(job)}: {plan.task.kind} {_asked(plan)}.',
-        f"Trained: {trained_words(plan.transfer)}{',' * plan.transfer.deep} on {_backbone(plan, site.limits)}.",
+        f"Trained: {trained_words(plan)}{',' * plan.transfer.deep} on {_backbone(plan, site.limits)}.",
         *_columns(plan, site.data),
         *_releases(plan, site, width),
         *_held_out(plan, site.data),

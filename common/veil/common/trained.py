@@ -132,8 +132,9 @@ def gradient_scale(plan: RunPlan) -> float:
     return 1.0 if plan.task.form in STRUCTURED else _GRADIENT_SCALE[plan.transfer.mode]
 
 
-def trained_words(transfer: Transfer) -> str:
-    """What trains, in words that "of" and the model's name may follow."""
+def trained_words(plan: RunPlan) -> str:
+    """What trains, in words that "of" and the model's name may follow; what goes on with a text keeps its output."""
+    transfer = plan.transfer
     blocks = f"the top {transfer.top} blocks" if transfer.top else "all blocks"
     below = {
         "last-layers": blocks,
@@ -144,7 +145,9 @@ def trained_words(transfer: Transfer) -> str:
         "lora": f"changes of rank {transfer.rank} in the attention of {blocks}",
         "prompt": f"{transfer.prompt_length} vectors before each text",
     }
-    return f"a new output layer and {below[transfer.mode]}" if transfer.deep else "a new output layer"
+    if not transfer.deep:
+        return "a new output layer"
+    return below[transfer.mode] if plan.task.form == "generation" else f"a new output layer and {below[transfer.mode]}"
 
 
 def released_size(shapes: Mapping[str, tuple[int, ...]], trained: Iterable[str]) -> int:

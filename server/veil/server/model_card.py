@@ -88,7 +88,7 @@ def _model(plan: RunPlan) -> Iterator[tuple[str, str]]:
     yield "task", plan.task.kind
     yield "answers", asked(plan)
     kept = "; the rest stays as it was" if plan.transfer.mode != "full" else ""
-    yield "tuned", f"{trained_words(plan.transfer)} (transfer.mode = {plan.transfer.mode}){kept}"
+    yield "tuned", f"{trained_words(plan)} (transfer.mode = {plan.transfer.mode}){kept}"
     yield "training", f"{plan.training.algorithm}, {plan.training.rounds} rounds"
     if plan.backbone is None:
         yield "pretrained model", "none: numeric columns"

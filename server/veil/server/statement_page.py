@@ -40,8 +40,6 @@ _INPUTS = {
     "tabular": "rows of numbers",
 }
 
-_KEPT = {False: "All else in it stayed as it was.", True: "Nothing in it stayed as it was."}
-
 _NOT_PROMISED = (
     "That nothing can be learned about a person: what is true of people in general can be learned from a model, and "
     "applied to somebody whose record was never used.",
@@ -117,8 +115,8 @@ def _trained(plan: RunPlan, sites: int) -> str:
     start = (
         "It starts from nothing but the numbers."
         if plan.backbone is None
-        else f"Trained: {trained_words(plan.transfer)}{',' * plan.transfer.deep} of the pretrained model "
-        f"{plan.backbone.source}. {_KEPT[plan.transfer.mode == 'full']}"
+        else f"Trained: {trained_words(plan)}{',' * plan.transfer.deep} of the pretrained model "
+        f"{plan.backbone.source}.{'' if plan.transfer.mode == 'full' else ' All else in it stayed as it was.'}"
     )
     return (
         f"A model that reads {inputs} and answers {asked(plan)}. {sites} sites taught it together from their own "
@@ -149,7 +147,7 @@ def released(one: Releases, plan: RunPlan) -> str:
     if one.kind != "gradient" or not plan.transfer.deep:
         return words
     head_alone = of_head(plan, one.last)
-    return f"{words}: {'a new output layer alone' if head_alone else trained_words(plan.transfer)}"
+    return f"{words}: {'a new output layer alone' if head_alone else trained_words(plan)}"
 
 
 def _rounds(one: Releases) -> str:
