@@ -34,7 +34,15 @@ from veil.client.units import Units
 from veil.common.noise import OSNoise
 from veil.common.privacy import Mechanism
 
-SIZES = ((256, 384, 10), (1024, 384, 10), (512, 768, 100), (4096, 768, 100), (256, 1280, 1000), (2048, 1280, 1000))
+SIZES = (
+    (256, 384, 10),
+    (1024, 384, 10),
+    (512, 768, 100),
+    (4096, 768, 100),
+    (256, 1280, 1000),
+    (1024, 1280, 1000),
+    (2048, 1280, 1000),
+)
 CLIP, RATE = 0.5, 0.1
 IN_A_ROW = 10
 HOOK_BYTES = 6 * 2**30

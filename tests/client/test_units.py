@@ -203,7 +203,7 @@ def test_a_batch_without_room_for_one_step_is_streamed(
     make_units: Callable[..., Units], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     units, centre = make_units(20, width=3), np.zeros(3)
-    monkeypatch.setattr(head_batch, "ROOM_BYTES", 8 * 20 * (4 + 3 * 10))
+    monkeypatch.setattr(head_batch, "ROOM_BYTES", 4 * 20 * (4 + 5 * 10))
     assert isinstance(units.batch(centre, classes=10), HeadBatch)
     assert isinstance(units.batch(np.ones(3), classes=11), HeadStream)
 

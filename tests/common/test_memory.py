@@ -213,7 +213,7 @@ def test_patients_keep_more_gradients() -> None:
 
 def test_a_head_s_batch_is_bounded() -> None:
     plan = deep_plan("head")
-    assert site_memory(plan, FOUND, records=10).parts["batch"] == 10 * (4 * 3 + 8 * (3 + 1 + 3 * 2))
+    assert site_memory(plan, FOUND, records=10).parts["batch"] == 10 * 4 * (3 + 3 + 1 + 5 * 2)
     assert site_memory(plan, FOUND).parts["batch"] == memory.BATCH_BYTES == head_batch.ROOM_BYTES
     assert site_memory(plan, replace(FOUND, held=0)).parts["libraries"] == memory.LIBRARIES_BYTES
 

@@ -130,10 +130,9 @@ def test_as_many_draws_as_asked_for(count: int) -> None:
 def test_the_polar_method_reaches_its_stated_tail_and_is_finite_everywhere() -> None:
     """The innermost points but the centre have s = 2⁻¹²⁶, and √(2·126·ln 2) = 13.2; centre and corners are left out."""
 
-    def words(count: int) -> NDArray[np.uint64]:
-        drawn = np.zeros(count, np.uint64)
+    def words(drawn: NDArray[np.int64]) -> None:
+        drawn[:] = 0
         drawn[0], drawn[1], drawn[-1] = 1, 2**63 - 1, 1
-        return drawn
 
     numbers = polar_gaussian(words, 5)
     furthest = math.sqrt(2 * 126 * math.log(2))
@@ -144,12 +143,12 @@ def test_a_pair_of_the_polar_method_is_a_normal_pair() -> None:
     """Radius Rayleigh, angle even, neither knows the other. Repeatable: no false alarm."""
     random_words, pieces = np.random.default_rng(0), []
 
-    def words(count: int) -> NDArray[np.uint64]:
-        pieces.append(random_words.integers(0, 2**64, count, dtype=np.uint64))
-        return pieces[-1].copy()
+    def words(drawn: NDArray[np.int64]) -> None:
+        drawn[:] = random_words.integers(-(2**63), 2**63, len(drawn))
+        pieces.append(drawn.copy())
 
     drawn = polar_gaussian(words, 10_000)
-    inside = int((np.hypot(*(pieces[0].view(np.int64) * 2.0**-63).reshape(2, -1)) < 1).sum())
+    inside = int((np.hypot(*(pieces[0] * 2.0**-63).reshape(2, -1)) < 1).sum())
     first, second = drawn[: 10_000 - inside], drawn[inside : inside + 10_000 - inside]
     halves, angles = (first**2 + second**2) / 2, np.arctan2(second, first) / (2 * np.pi) + 0.5
     assert kstest(halves, "expon").pvalue > 1e-3

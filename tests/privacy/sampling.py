@@ -163,6 +163,7 @@ def records_sampled() -> AbstractContextManager[None]:
                 pairs=of.pairs[:, :0],
                 dots=of.dots[:0],
                 squares=of.squares[rows],
+                largest=of.largest,
             )
 
     return _trained_on(samples)

@@ -102,8 +102,8 @@ def test_a_canary_moves_its_own_numbers_as_much_as_is_expected(
     found = play(of, schedule(of), Silent())
     assert found.rows.shape == (len(schedule(of)), CANARIES)
     expected = np.outer(found.gaps, found.included)
-    np.testing.assert_allclose(found.rows, expected, rtol=2e-3, atol=1e-4)
-    assert found.scores[found.included] == pytest.approx(2 * found.threshold, rel=2e-3)
+    np.testing.assert_allclose(found.rows, expected, rtol=1e-2, atol=1e-4)  # grids, and clipping that leaves them room
+    assert found.scores[found.included] == pytest.approx(2 * found.threshold, rel=1e-2)
 
 
 @pytest.mark.statistical

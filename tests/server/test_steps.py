@@ -48,7 +48,7 @@ def losses(form: Form, rate: float | None = None, rounds: int = 60) -> list[floa
         velocity = steps.momentum * velocity + mean
         weight = weight - (rate or steps.rate) * (mean + steps.momentum * velocity)
         objective = OBJECTIVES[form_of(units.labels)]
-        answers = objective.answers(scores(weight, batch.inputs))
+        answers = objective.answers(scores(weight, batch.inputs.astype(np.float64)))
         found.append(float(objective.losses(answers, units.labels).mean()))
     return found
 

@@ -1,25 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Clipping: the sum over units of each unit's gradient, none longer than the bound.
 
-Promises that adding or removing one unit moves the sum by at most the bound, in float64, and that a unit whose
-gradient is not finite counts as zero. Equal to Opacus' per-sample hooks (tested), without per-sample tensors.
+Promises that adding or removing one unit moves the sum by at most the bound, in the arithmetic that is done, and that a
+unit whose gradient is not finite counts as zero. Equal to Opacus' per-sample hooks but for the grid (tested), without
+per-sample tensors.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
+from veil.client.exact_products import error_step, exact_products, exact_scores, on_grid, total_of
 from veil.client.head_batch import Batch, HeadBatch
-from veil.common.head import scores
-from veil.common.objective import OBJECTIVES, form_of
+from veil.common.objective import OBJECTIVES, form_of, row_sums
+
+_FLOAT32 = 1 - 2.0**-21
+"""What clipping leaves for the roundings of a factor and of its product with an error."""
 
 
-def clipped_head_sum(weight: NDArray[np.floating], batch: Batch, bound: float) -> NDArray[np.float64]:
+def clipped_head_sum(weight: NDArray[np.float64], batch: Batch, bound: float) -> NDArray[np.float64]:
     """Sum over units of the clipped mean cross-entropy gradient of a linear head.
 
     A unit's gradient is the mean over its records of e_i x_iᵀ with e_i = answer - truth (`veil.common.objective`); its
-    squared length is Σ_ij (e_i·e_j)(x_i·x_j) / k², taken from the pairs of its records.
+    squared length is Σ_ij (e_i·e_j)(x_i·x_j) / k², taken from the pairs of its records. Clipped errors are rounded to a
+    grid, and summed without rounding (`exact_products`).
 
     Args:
         weight: [labels, d + 1].
@@ -29,23 +37,32 @@ def clipped_head_sum(weight: NDArray[np.floating], batch: Batch, bound: float) -
     Returns:
         [labels, d + 1], zero for an empty batch.
     """
-    total = np.zeros(weight.shape)
-    for block in batch.blocks():
-        total += _clipped_block(weight, block, bound)
-    return total
+    step = error_step(bound, len(weight))
+    products = (
+        exact_products(_clipped_errors(weight, block, bound, step), block.inputs, step, block.largest)
+        for block in batch.blocks()
+    )
+    return total_of(itertools.chain.from_iterable(products), weight.shape)
 
 
-def _clipped_block(weight: NDArray[np.floating], block: HeadBatch, bound: float) -> NDArray[np.float64]:
-    errors = OBJECTIVES[form_of(block.labels)].errors(scores(weight, block.inputs), block.labels)
-    own = np.einsum("nc,nc->n", errors, errors)
+def _clipped_errors(weight: NDArray[np.float64], block: HeadBatch, bound: float, step: float) -> NDArray[np.float32]:
+    """What each record's input is multiplied by, [n, labels], on the grid of `step`."""
+    errors = OBJECTIVES[form_of(block.labels)].errors(exact_scores(weight, block.inputs), block.labels)
+    wide = errors.astype(np.float64)
+    own = row_sums(wide * wide)
     broken = ~np.isfinite(own)
     if broken.any():
-        errors[broken] = own[broken] = 0.0
-    norms = _norms(errors, own, block)
-    factors = np.minimum(1.0, bound / np.maximum(norms, 1e-300))
-    errors *= (factors[block.unit] * block.share)[:, None]
-    total: NDArray[np.float64] = errors.T @ block.inputs
-    return total
+        errors[broken] = wide[broken] = own[broken] = 0.0
+    within = np.maximum(_FLOAT32 * bound - _strayed(block, errors.shape[1], step), 0.0)
+    factors = np.minimum(1.0, within / np.maximum(_norms(wide, own, block), 1e-300))
+    errors *= (factors[block.unit] * block.share).astype(np.float32)[:, None]
+    return on_grid(errors, step)
+
+
+def _strayed(block: HeadBatch, classes: int, step: float) -> NDArray[np.float64]:
+    """How much longer a unit's gradient may become when its errors are rounded to a grid, [count]."""
+    lengths = np.bincount(block.unit, weights=np.sqrt(block.squares), minlength=block.count)
+    return np.asarray(lengths * (math.sqrt(classes) * step / 2), dtype=np.float64)
 
 
 def _norms(errors: NDArray[np.float64], own: NDArray[np.float64], block: HeadBatch) -> NDArray[np.float64]:

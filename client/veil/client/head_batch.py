@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from veil.client.exact_products import input_step, on_grid
 from veil.common.head import head_inputs
 from veil.common.objective import Targets
 
@@ -89,7 +90,7 @@ class HeadBatch:
     """A batch in memory, with all that does not change between steps.
 
     Attributes:
-        inputs: head inputs, [n, d + 1].
+        inputs: head inputs on the grid of `exact_products`, [n, d + 1].
         labels: the truth, [n] or [n, c].
         unit: [n].
         count: number of units.
@@ -97,9 +98,10 @@ class HeadBatch:
         pairs: pairs of different records of one unit, i < j, [2, m].
         dots: inner products of the pairs' inputs, [m].
         squares: squared length of each input, [n].
+        largest: no number of the inputs is larger.
     """
 
-    inputs: NDArray[np.float64]
+    inputs: NDArray[np.float32]
     labels: Targets
     unit: NDArray[np.int64]
     count: int
@@ -107,6 +109,7 @@ class HeadBatch:
     pairs: NDArray[np.int64]
     dots: NDArray[np.float64]
     squares: NDArray[np.float64]
+    largest: float
 
     @classmethod
     def of(cls, units: Grouped, centre: NDArray[np.floating]) -> HeadBatch:
@@ -119,8 +122,9 @@ class HeadBatch:
             count=units.count,
             share=1.0 / units.sizes[units.unit] if len(units.unit) else np.zeros(0),
             pairs=pairs,
-            dots=np.einsum("md,md->m", inputs[pairs[0]], inputs[pairs[1]]),
-            squares=np.einsum("nd,nd->n", inputs, inputs),
+            dots=np.einsum("md,md->m", *inputs[pairs].astype(np.float64)),
+            squares=_squares(inputs),
+            largest=float(max(inputs.max(initial=0.0), -inputs.min(initial=0.0))),
         )
 
     @property
@@ -149,6 +153,7 @@ class HeadBatch:
             pairs=pairs,
             dots=dots,
             squares=self.squares.take(rows),
+            largest=self.largest,
         )
 
 
@@ -187,9 +192,9 @@ def head_batch(units: Grouped, centre: NDArray[np.floating], classes: int) -> He
     Args:
         units: all of them.
         centre: [d].
-        classes: rows of the head's weight, of which a step needs three numbers a record each.
+        classes: rows of the head's weight, of which a step needs a few numbers a record each.
     """
-    row_bytes = 8 * (units.features.shape[1] + 1 + 3 * classes)
+    row_bytes = 4 * (units.features.shape[1] + 1 + 5 * classes)
     if row_bytes * len(units.unit) <= ROOM_BYTES:
         return HeadBatch.of(units, centre)
     return HeadStream(units=units, centre=centre, most=max(1, _BLOCK_BYTES // row_bytes))
@@ -244,12 +249,24 @@ def rows_by_unit(unit: NDArray[np.integer], count: int) -> list[NDArray[np.int64
     return [order[start:end] for start, end in itertools.pairwise(ends)]
 
 
-def _inputs(features: NDArray[np.floating], centre: NDArray[np.floating]) -> NDArray[np.float64]:
-    inputs = np.empty((len(features), features.shape[1] + 1))
-    for start in range(0, len(features), _ROWS_AT_ONCE):
-        piece = slice(start, start + _ROWS_AT_ONCE)
-        inputs[piece] = head_inputs(features[piece], centre)
+def _inputs(features: NDArray[np.floating], centre: NDArray[np.floating]) -> NDArray[np.float32]:
+    inputs = np.empty((len(features), features.shape[1] + 1), np.float32)
+    step = input_step(inputs.shape[1])
+    for piece in _in_pieces(len(features)):
+        inputs[piece] = on_grid(head_inputs(features[piece], centre), step)
     return inputs
+
+
+def _squares(inputs: NDArray[np.float32]) -> NDArray[np.float64]:
+    squares = np.empty(len(inputs))
+    for piece in _in_pieces(len(inputs)):
+        wide = inputs[piece].astype(np.float64)
+        np.einsum("nd,nd->n", wide, wide, out=squares[piece])
+    return squares
+
+
+def _in_pieces(rows: int) -> Iterator[slice]:
+    return (slice(start, start + _ROWS_AT_ONCE) for start in range(0, rows, _ROWS_AT_ONCE))
 
 
 def _pairs(unit: NDArray[np.int64], count: int) -> NDArray[np.int64]:

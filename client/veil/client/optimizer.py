@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from veil.common.noise import NoiseSource, privatize, spacing
 from veil.common.privacy import Mechanism
 
+_BLOCK = 1 << 15
+"""Numbers that are moved in one piece, which stays in a core's cache."""
+
 
 class LatticeOptimizer:
     """SGD on noised, clipped sums.
@@ -50,10 +53,15 @@ class LatticeOptimizer:
         self.add_noise(clipped_sum)
         self.steps_counted += 1
         if self._rate:
-            self.weight -= self.points * (self._rate * spacing(self.max_grad_norm))
+            self._descend(self._rate * spacing(self.max_grad_norm))
 
     def add_noise(self, clipped_sum: NDArray[np.float64]) -> None:
         """Quantise the clipped sum and add the noise; `points` keeps the result."""
         self.points = privatize(
             clipped_sum, noise_multiplier=self.noise_multiplier, max_grad_norm=self.max_grad_norm, noise=self._noise
         )
+
+    def _descend(self, rate: float) -> None:
+        weight, points = self.weight.reshape(-1), self.points.reshape(-1)
+        for start in range(0, weight.size, _BLOCK):
+            weight[start : start + _BLOCK] -= points[start : start + _BLOCK] * rate

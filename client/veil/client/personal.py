@@ -155,15 +155,16 @@ def fitted(
         start: where the search begins, [classes, d + 1].
     """
     rows, scale = np.arange(len(batch.labels)), max(float(batch.share.sum()), 1.0)
+    inputs = batch.inputs.astype(np.float64)
 
     def objective(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         weight = flat.reshape(mean.shape)
-        errors = probabilities(weight, batch.inputs)
+        errors = probabilities(weight, inputs)
         loss = batch.share @ -np.log(np.maximum(errors[rows, batch.labels], _LEAST))
         errors[rows, batch.labels] -= 1.0
         errors *= batch.share[:, None]
         away = weight - mean
-        gradient = errors.T @ batch.inputs + strength * away
+        gradient = errors.T @ inputs + strength * away
         return float(loss + strength / 2 * np.vdot(away, away)) / scale, gradient.ravel() / scale
 
     found = minimize(objective, start.ravel(), jac=True, method="L-BFGS-B", options=dict(_SEARCH))
@@ -215,7 +216,7 @@ class _Family:
         for weights in zip(*paths, strict=True):
             losses, right = np.zeros(len(labels)), np.zeros(len(labels), dtype=np.bool_)
             for rows, weight in zip(parts, weights, strict=True):
-                found = probabilities(weight, batch.inputs[rows])
+                found = probabilities(weight, batch.inputs[rows].astype(np.float64))
                 losses[rows], right[rows] = _judge(found, labels[rows])
             yield float(losses @ batch.share) / max(batch.count, 1), right
 

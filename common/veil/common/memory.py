@@ -239,7 +239,7 @@ def coordinator_memory(found: Footprint, *, sites: int) -> MemoryPlan:
 
 def _head_memory(plan: RunPlan, found: Footprint, records: int | None) -> MemoryPlan:
     """Of a plan that tunes a head only: features of 32 bits, and a batch that is ready for a step."""
-    row = _FLOAT32 * found.width + _INT64 * (found.width + 1 + 3 * len(plan.task.labels))
+    row = _FLOAT32 * (2 * found.width + 1 + 5 * len(plan.task.labels))
     return MemoryPlan(
         moment="features are computed and a step is made",
         parts={

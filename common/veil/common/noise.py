@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Callable
 from typing import Protocol
 
@@ -27,8 +28,8 @@ _LARGEST = 2.0**52
 _AHEAD = 1 << 17
 """Numbers that are drawn before they are asked for, at most."""
 
-_AT_ONCE, _SPARE = 1 << 13, 8
-"""Pairs drawn in one piece, which stays in a core's cache; pairs more than are expected to be needed."""
+_AT_ONCE, _SPARE = 1 << 14, 8
+"""Pairs drawn in one piece, which stay in a core's cache; pairs more than are expected to be needed."""
 
 _BLOCK = 1 << 16
 """Numbers that are made private in one piece: what lies between a sum and its lattice points stays small."""
@@ -141,21 +142,34 @@ class _Store:
         return numbers
 
 
-Words = Callable[[int], NDArray[np.uint64]]
-"""Draws so many independent uniform words of 64 bits."""
+Words = Callable[[NDArray[np.int64]], None]
+"""Fills an array with independent uniform words of 64 bits."""
 
 
 def _stream() -> Words:
     """Words of a ChaCha20 stream under a key of its own."""
     encryptor = Cipher(ChaCha20(os.urandom(32), bytes(16)), mode=None).encryptor()
 
-    def words(count: int) -> NDArray[np.uint64]:
-        return np.frombuffer(encryptor.update(bytes(8 * count)), dtype=np.uint64)
+    def fill(words: NDArray[np.int64]) -> None:
+        encryptor.update_into(_NOTHING[: words.nbytes], words.view(np.uint8).data)
 
-    return words
+    return fill
 
 
-def polar_gaussian(words: Words, count: int) -> NDArray[np.float64]:
+class _Desk(threading.local):
+    """Where a thread works numbers out: memory that is asked for anew costs more than the work."""
+
+    def __init__(self) -> None:
+        self.words = np.empty(2 * _AT_ONCE, np.int64)
+        self.points = np.empty(2 * _AT_ONCE)
+        self.squares, self.others, self.factors = np.empty((3, _AT_ONCE))
+        self.inside, self.outwards = np.empty((2, _AT_ONCE), np.bool_)
+
+
+_DESK, _NOTHING = _Desk(), memoryview(bytes(16 * _AT_ONCE))
+
+
+def polar_gaussian(fill: Words, count: int) -> NDArray[np.float64]:
     """Independent standard normal numbers by the polar method (Marsaglia and Bray 1964), [count].
 
     A point (a, b) drawn evenly from the unit disc gives two: a·f and b·f with f² = -2 ln s / s, s = a² + b². The tails
@@ -163,21 +177,25 @@ def polar_gaussian(words: Words, count: int) -> NDArray[np.float64]:
     out to 10.9 standard deviations for a noise multiplier of 1 (a pair lies beyond with chance 2⁻⁸⁵), out to 10 for
     one of 100 (2⁻⁷²).
     """
-    numbers, done = np.empty(count), 0
+    numbers, done, desk = np.empty(count), 0, _DESK
     while done < count:
         pairs = min((count - done) * 2 // 3 + _SPARE, _AT_ONCE)
-        first, second = (words(2 * pairs).view(np.int64) * 2.0**-63).reshape(2, pairs)
-        squares = first * first
-        squares += second * second
-        inside = np.flatnonzero((squares < 1.0) & (squares > 0.0))
-        squares = squares.take(inside)
-        factors = np.log(squares)
+        fill(desk.words[: 2 * pairs])
+        points = np.multiply(desk.words[: 2 * pairs], 2.0**-63, out=desk.points[: 2 * pairs]).reshape(2, pairs)
+        squares = np.multiply(points[0], points[0], out=desk.squares[:pairs])
+        squares += np.multiply(points[1], points[1], out=desk.others[:pairs])
+        inside = np.less(squares, 1.0, out=desk.inside[:pairs])
+        inside &= np.greater(squares, 0.0, out=desk.outwards[:pairs])
+        places = np.flatnonzero(inside)
+        squares = squares.take(places, out=desk.others[: len(places)], mode="clip")
+        factors = np.log(squares, out=desk.factors[: len(places)])
         factors *= -2.0
         factors /= squares
         np.sqrt(factors, out=factors)
-        for coordinate in (first, second):
-            wanted = inside[: count - done]
-            np.multiply(coordinate.take(wanted), factors[: len(wanted)], out=numbers[done : done + len(wanted)])
+        for coordinate in points:
+            wanted = numbers[done : done + len(places)]
+            coordinate.take(places[: len(wanted)], out=wanted, mode="clip")
+            wanted *= factors[: len(wanted)]
             done += len(wanted)
     return numbers
 

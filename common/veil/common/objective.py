@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ from veil.common.plan_sections import Form
 Targets = NDArray[np.int64] | NDArray[np.float64]
 """The truth of n records: classes, whole numbers [n]; labels, 0 or 1 [n, c]; or numbers between 0 and 1, [n]."""
 
+F = TypeVar("F", np.float32, np.float64)
+
 _LEAST: Final = 1e-15
 """Probability below which a loss grows no further: 35 nats."""
 
@@ -27,11 +29,11 @@ _LEAST: Final = 1e-15
 class Objective(Protocol):
     """One form of task; scores are [n, c] of c labels, answers are as many numbers from 0 to 1."""
 
-    def answers(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    def answers(self, scores: NDArray[F]) -> NDArray[F]:
         """What the scores say; `scores` is overwritten. [n, c]"""
         ...
 
-    def errors(self, scores: NDArray[np.float64], targets: Targets) -> NDArray[np.float64]:
+    def errors(self, scores: NDArray[F], targets: Targets) -> NDArray[F]:
         """Gradient of each record's loss in its scores: answer minus truth; `scores` is overwritten. [n, c]"""
         ...
 
@@ -51,13 +53,13 @@ class Objective(Protocol):
 class _OneClass:
     """Softmax and cross-entropy: one of c classes."""
 
-    def answers(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    def answers(self, scores: NDArray[F]) -> NDArray[F]:
         scores -= scores.max(axis=1, keepdims=True)
         np.exp(scores, out=scores)
-        scores /= scores.sum(axis=1, keepdims=True)
+        scores /= row_sums(scores)[:, None]
         return scores
 
-    def errors(self, scores: NDArray[np.float64], targets: Targets) -> NDArray[np.float64]:
+    def errors(self, scores: NDArray[F], targets: Targets) -> NDArray[F]:
         errors = self.answers(scores)
         errors[np.arange(len(targets)), targets] -= 1.0
         return errors
@@ -80,11 +82,11 @@ class _EachForItself:
     range, and one record pulls by at most the range however far off it is.
     """
 
-    def answers(self, scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    def answers(self, scores: NDArray[F]) -> NDArray[F]:
         expit(scores, out=scores)
         return scores
 
-    def errors(self, scores: NDArray[np.float64], targets: Targets) -> NDArray[np.float64]:
+    def errors(self, scores: NDArray[F], targets: Targets) -> NDArray[F]:
         errors = self.answers(scores)
         errors -= targets.reshape(errors.shape)
         return errors
@@ -107,6 +109,14 @@ OBJECTIVES: Final[Mapping[Form, Objective]] = {
     "regression": _EachForItself(),
 }
 """By form of task."""
+
+
+def row_sums(numbers: NDArray[F]) -> NDArray[F]:
+    """Sum of each row of [n, c]; bits follow from the row alone, however many stand beside it, where rows are columns
+    in memory: numpy adds up a row that stands alone in another order than rows that stand together."""
+    if len(numbers) == 1:
+        return np.asarray(numbers.cumsum(axis=1)[:, -1])
+    return np.asarray(numbers.sum(axis=1))
 
 
 def form_of(targets: Targets) -> Form:
