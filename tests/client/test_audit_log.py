@@ -43,7 +43,7 @@ def file(
 
 
 def check(text: str, public_pem: bytes) -> list[str]:
-    """An officer's own check, from the file and the key alone: SHA-256 chain, ECDSA over P-384 with SHA-384."""
+    """An officer's own check, from the file and the key alone: SHA-256 chain, ECDSA over P-256 with SHA-256."""
     document = json.loads(text)
     public = load_pem_public_key(public_pem)
     assert isinstance(public, ec.EllipticCurvePublicKey)
@@ -56,7 +56,7 @@ def check(text: str, public_pem: bytes) -> list[str]:
             wrong.append(f"{number} was changed")
         try:
             signed = b"veil ledger line\n" + line["hash"].encode()
-            public.verify(bytes.fromhex(line["signature"]), signed, ec.ECDSA(hashes.SHA384()))
+            public.verify(bytes.fromhex(line["signature"]), signed, ec.ECDSA(hashes.SHA256()))
         except InvalidSignature:
             wrong.append(f"{number} is not signed")
         before = line["hash"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of `veil.common.keys`: one owner, one curve, and no signature that fits by accident."""
+"""Tests of `veil.common.keys`: one owner, known curves, and no signature that fits by accident."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
@@ -74,14 +75,14 @@ def test_a_missing_key_is_named(path: Path) -> None:
     [
         b"",
         b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n",
-        ec.generate_private_key(ec.SECP256R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
+        ec.generate_private_key(ec.SECP521R1()).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
         ed25519.Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
         NodeKey.generate().private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"word")),
         NodeKey.generate().public_pem,
     ],
     ids=["empty", "garbage", "another curve", "another kind", "encrypted", "public"],
 )
-def test_anything_but_a_plain_p384_key_is_refused(path: Path, content: bytes) -> None:
+def test_anything_but_a_plain_key_of_a_known_curve_is_refused(path: Path, content: bytes) -> None:
     with pytest.raises(InputError, match="is no such key"):
         NodeKey.load(put(path, content))
 
@@ -116,8 +117,19 @@ def test_what_is_no_key_fits_nothing(key: NodeKey, pem: bytes) -> None:
 
 
 def test_a_signature_by_another_curve_does_not_count() -> None:
-    small = NodeKey(private=ec.generate_private_key(ec.SECP256R1()))
-    assert not verify(small.public_pem, small.sign(MESSAGE), MESSAGE)
+    private = ec.generate_private_key(ec.SECP521R1())
+    signature = private.sign(MESSAGE, ec.ECDSA(hashes.SHA512()))
+    assert not verify(public_pem(private), signature, MESSAGE)
+
+
+def test_a_key_of_an_earlier_version_goes_on_signing(path: Path) -> None:
+    """On P-384, with SHA-384, as its earlier signatures are."""
+    earlier = NodeKey(private=ec.generate_private_key(ec.SECP384R1()))
+    earlier.save(path)
+    signature = NodeKey.load(path).sign(MESSAGE)
+    assert verify(earlier.public_pem, signature, MESSAGE)
+    earlier.private.public_key().verify(signature, MESSAGE, ec.ECDSA(hashes.SHA384()))
+    assert NodeKey.generate().private.curve.name == "secp256r1"
 
 
 def test_printing_a_key_shows_nothing(key: NodeKey) -> None:

@@ -10,7 +10,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from veil.common.keys import NodeKey
+from veil.common.keys import NodeKey, canonical_pem
 from veil.common.privacy import Mechanism, NeighboringRelation, PrivacyUnit
 from veil.common.statement import (
     MAX_RELEASES,
@@ -22,7 +22,6 @@ from veil.common.statement import (
     StatedLimits,
     Statement,
     canonical,
-    canonical_pem,
     expanded,
     key_fingerprint,
     noise_of,
@@ -117,11 +116,11 @@ def test_a_signature_covers_every_character_and_is_made_for_this_purpose() -> No
     assert not SignedStatement(text=signed.text, signature=signed.signature, public_pem=stranger).genuine
 
 
-def test_only_keys_of_the_one_curve_count_and_in_one_form() -> None:
+def test_only_keys_of_known_curves_count_and_in_one_form() -> None:
     pem = NodeKey.generate().public_pem
     assert canonical_pem(pem) == canonical_pem(b"\n" + pem + b"\n\n") == pem
     other = (
-        ec.generate_private_key(ec.SECP256R1())
+        ec.generate_private_key(ec.SECP521R1())
         .public_key()
         .public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     )

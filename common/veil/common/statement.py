@@ -16,12 +16,9 @@ from functools import lru_cache
 from itertools import repeat
 from typing import Annotated, Any, Literal, Self
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 from pydantic import Field, PlainSerializer, PlainValidator, ValidationError, model_validator
 
-from veil.common.keys import NodeKey, verify
+from veil.common.keys import NodeKey, canonical_pem, verify
 from veil.common.noise import OSNoise
 from veil.common.plan import plan_error
 from veil.common.plan_sections import Section
@@ -258,17 +255,6 @@ class SignedStatement:
     def genuine(self) -> bool:
         """Whether the signature is that key's of that text."""
         return verify(self.public_pem, self.signature, _message(self.text))
-
-
-def canonical_pem(pem: bytes) -> bytes | None:
-    """A public key's one PEM form; None for what is no key that Veil signs with."""
-    try:
-        public = load_pem_public_key(pem)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        return None
-    if not isinstance(public, ec.EllipticCurvePublicKey) or not isinstance(public.curve, ec.SECP384R1):
-        return None
-    return public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 @lru_cache(maxsize=4096)

@@ -16,7 +16,8 @@ from typing import Any
 
 from veil.common.certificate import COORDINATOR, Certificate, Finding, RunFacts, Vouched, entry_of, read_certificate
 from veil.common.errors import PlanError
-from veil.common.statement import Statement, canonical_pem, key_fingerprint
+from veil.common.keys import KEY_KINDS, canonical_pem
+from veil.common.statement import Statement, key_fingerprint
 from veil.common.statement_check import CheckedSite, Place, Planned, check_costs, read_plan, statement_faults
 
 
@@ -180,7 +181,7 @@ def _coordinator_faults(certificate: Certificate, keys: Mapping[str, bytes]) -> 
 def _key_faults(entry: str, written: str, given: bytes | None) -> Iterator[Finding]:
     pem = written.encode("utf-8", "surrogatepass")
     if canonical_pem(pem) != pem:
-        yield Finding(entry=entry, what="public key: no P-384 key in PEM")
+        yield Finding(entry=entry, what=f"public key: no {KEY_KINDS} key in PEM")
     elif given is not None and canonical_pem(given) != pem:
         yield Finding(entry=entry, what=f"public key: {key_fingerprint(pem)} is not the one given for it")
 

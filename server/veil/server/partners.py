@@ -16,9 +16,9 @@ from flwr.serverapp import Grid
 
 from veil.common.errors import RefusalCode
 from veil.common.exchange import KeyReply, Offer
+from veil.common.keys import canonical_pem
 from veil.common.masking import Member
 from veil.common.plan import RunPlan
-from veil.common.statement import canonical_pem
 from veil.common.wire import KEYS, WireError, decode_key_reply, encode_offer
 
 KEYS_S = 30.0

@@ -19,13 +19,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 from pydantic import ValidationError
 
 from veil.common.errors import InputError, RunError
 from veil.common.invitation import Invitation, digest, problems
+from veil.common.keys import KEY_KINDS, canonical_pem
 
 _log = logging.getLogger(__name__)
 
@@ -134,7 +132,7 @@ class Roster:
 
         Args:
             secret: the invitation's.
-            public_pem: a P-384 public key in PEM, whose private half the caller has seen proven.
+            public_pem: a P-256 or P-384 public key in PEM, whose private half the caller has seen proven.
 
         Returns:
             the site's name.
@@ -301,10 +299,7 @@ def _sites(db: sqlite3.Connection) -> tuple[EnrolledSite, ...]:
 
 def _canonical(public_pem: bytes) -> bytes:
     """The key as Flower compares it, byte for byte."""
-    try:
-        key = load_pem_public_key(public_pem)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        key = None
-    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
-        raise InputError("the key cannot be used", "a P-384 public key in PEM", "veil site init makes one")
-    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    pem = canonical_pem(public_pem)
+    if pem is None:
+        raise InputError("the key cannot be used", f"a {KEY_KINDS} public key in PEM", "veil site init makes one")
+    return pem

@@ -16,8 +16,9 @@ from flwr.serverapp import Grid
 
 from veil.common.errors import RefusalCode
 from veil.common.exchange import Offer, StatementReply
+from veil.common.keys import canonical_pem
 from veil.common.plan import RunPlan
-from veil.common.statement import SignedStatement, Statement, canonical_pem
+from veil.common.statement import SignedStatement, Statement
 from veil.common.wire import STATEMENT, WireError, decode_statement_reply, encode_offer
 
 STATEMENT_S = 30.0

@@ -97,14 +97,16 @@ def _folder(folder: Path | None) -> dict[str, bytes]:
 
 def _public_key(path: Path) -> bytes:
     from veil.common.errors import InputError
-    from veil.common.statement import canonical_pem
+    from veil.common.keys import KEY_KINDS, canonical_pem
 
     try:
         pem = canonical_pem(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path} ({error.strerror})", "a public key", "check the path") from None
     if pem is None:
-        raise InputError(f"{path} is no such key", "a P-384 public key in PEM", "veil certificate key prints one")
+        raise InputError(
+            f"{path} is no such key", f"a {KEY_KINDS} public key in PEM", "veil certificate key prints one"
+        )
     return pem
 
 
