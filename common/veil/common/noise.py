@@ -65,9 +65,8 @@ class NoiseSource(Protocol):
 class OSNoise:
     """The operating system's cryptographic generator.
 
-    For normal numbers, every call takes a key of 256 bits from `os.urandom` and reads the ChaCha20 stream of it (RFC
-    8439), as Linux itself does behind `os.urandom`. No key is kept: a process that forks, or a copy of its memory,
-    repeats nothing.
+    Every call takes a key of 256 bits from `os.urandom` and reads the ChaCha20 stream of it (RFC 8439), as Linux itself
+    does behind `os.urandom`. No key is kept: a process that forks, or a copy of its memory, repeats nothing.
     """
 
     name = "os"
@@ -75,8 +74,10 @@ class OSNoise:
 
     def uniform(self, count: int) -> NDArray[np.float64]:
         """Uniform numbers on the 53-bit grid of [0, 1), [count]."""
-        words = np.frombuffer(os.urandom(8 * count), dtype=np.uint64)
-        return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        words, fill = np.empty(count, np.int64), _stream()
+        for start in range(0, count, 2 * _AT_ONCE):
+            fill(words[start : start + 2 * _AT_ONCE])
+        return (words.view(np.uint64) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def gaussian(self, count: int) -> NDArray[np.float64]:
         """Standard normal numbers by the polar method, tails to 13.2 σ, [count]."""
