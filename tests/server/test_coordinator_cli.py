@@ -303,7 +303,7 @@ def test_a_run_is_followed_to_its_end(veil: Veil, home: Home, plan: Path) -> Non
     (job,) = Job.all(home.runs)
     lines = out.splitlines()
     assert (code, lines[0], lines[-1]) == (0, f"run {job.name}", f"finished: {job.folder / 'result'}")
-    assert lines.count("training  1/3  Bonn: budget, Ulm: replied") == 1
+    assert lines.count("training  1/3  Bonn: refused (budget: the run would pass its budget), Ulm: replied") == 1
 
 
 @pytest.mark.usefixtures("enrolled")
@@ -330,7 +330,7 @@ def test_status_shows_sites_and_runs(veil: Veil, home: Home, job: Job) -> None:
         f"{home.url}  certificate until {not_after.isoformat(timespec='seconds')}",
         "site Bonn  not connected",
         "site Ulm  not connected",
-        f"run {job.name}  training  1/3  Bonn: budget, Ulm: replied",
+        f"run {job.name}  training  1/3  Bonn: refused (budget: the run would pass its budget), Ulm: replied",
     ]
     job.note(phase=Phase.FAILED, message="no more")
     assert veil("status")[1].splitlines()[-1] == "  no more"

@@ -120,7 +120,7 @@ def test_the_page_shows_sites_runs_and_what_sites_said() -> None:
         "Ulmconnected2030-04-01",
         "Bonnnot connected",
         "Kielrevoked",
-        "heart-0a1b2ctraining3 of 31Bonn: budget, Ulm: replied",
+        "heart-0a1b2ctraining3 of 31Bonn: refused (budget: the run would pass its budget), Ulm: replied",
         "lung-3d4e5ffailed0 of 31",
         "at least cohort.min_sites = 2",
     ):
@@ -132,7 +132,7 @@ def test_the_page_shows_sites_runs_and_what_sites_said() -> None:
 def test_a_refusal_of_any_kind_is_shown_everywhere(code: RefusalCode) -> None:
     document = copy.deepcopy(DOCUMENT)
     document["runs"][0]["sites"] = {"Ulm": code.value}
-    assert f"Ulm: {code.value}" in Tags(ask("GET", "/", document).text).text
+    assert f"Ulm: refused ({code.value}: " in Tags(ask("GET", "/", document).text).text
     assert ask("GET", "/status.json", document).json()["runs"][0]["sites"] == {"Ulm": code.value}
     labels = (("run", "heart-0a1b2c"), ("said", code.value), ("site", "Ulm"))
     assert metrics(document)["veil_run_site_said", labels] == 1.0

@@ -11,6 +11,7 @@ import json
 import signal
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -185,7 +186,7 @@ def status(home: HomeOption = _HOME, as_json: JsonOption = False) -> None:
         word = "revoked" if one["revoked_at"] else "connected" if one["connected"] else "not connected"
         typer.echo(f"site {one['name']}  {word}")
     for one in document["runs"]:
-        said = ", ".join(f"{name}: {word}" for name, word in sorted(one["sites"].items()))
+        said = _said(one["sites"])
         typer.echo(f"run {one['name']}  {one['phase']}  {one['rounds_done']}/{one['rounds']}  {said}")
         if one["message"]:
             typer.echo(f"  {one['message']}")
@@ -234,6 +235,12 @@ def _show_itself(supervisor: Supervisor, stack: contextlib.ExitStack) -> None:
         stack.enter_context(HealthServer(home.settings.health_address, checks))
 
 
+def _said(sites: Mapping[str, str]) -> str:
+    from veil.server.said import in_words
+
+    return ", ".join(f"{site}: {in_words(word)}" for site, word in sorted(sites.items()))
+
+
 def _follow(job: Job, *, as_json: bool) -> None:
     """Lines as the run goes on; its report at the end, or its error."""
     from veil.common.errors import RunError
@@ -241,8 +248,7 @@ def _follow(job: Job, *, as_json: bool) -> None:
 
     shown = ""
     while not (now := job.status).phase.over:
-        said = ", ".join(f"{site}: {word}" for site, word in sorted(now.sites.items()))
-        line = f"{now.phase}  {now.rounds_done}/{now.rounds}  {said}"
+        line = f"{now.phase}  {now.rounds_done}/{now.rounds}  {_said(now.sites)}"
         if line != shown and not as_json:
             typer.echo(line)
             shown = line

@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 
 from veil.common.errors import InputError
 from veil.server.overview import Overview
+from veil.server.said import in_words
 
 _START_S, _END_S = 10.0, 1
 _STYLE = """
@@ -90,7 +91,7 @@ def render(document: dict[str, Any]) -> str:
             run["name"],
             html.escape(run["phase"]),
             html.escape(f"{run['rounds_done']} of {run['rounds']}"),
-            ", ".join(html.escape(f"{site}: {word}") for site, word in sorted(run["sites"].items())),
+            ", ".join(html.escape(f"{site}: {in_words(word)}") for site, word in sorted(run["sites"].items())),
             html.escape(run["message"]),
         )
         for run in reversed(document["runs"])
