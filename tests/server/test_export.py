@@ -35,7 +35,7 @@ from veil.common.plan_sections import Backbone
 from veil.common.tunable import load_tunable
 from veil.common.update import Adapter
 from veil.common.weights import WEIGHTS_NAME, fingerprint, sha256_of
-from veil.server.export import export
+from veil.server.export import export, missing_part
 from veil.server.export_target import Target
 from veil.server.model import TunedModel
 
@@ -364,6 +364,9 @@ class TestTunedBelowTheHead:
         np.save(tmp_path / "features.npy", features)
         found = here(exported(tuned, Target.ONNX), str(tmp_path / "features.npy"))
         assert same(found, LABELS, TunedModel.load(tuned).predict([self.TEXT]))
+        plan = TunedModel.load(tuned).plan
+        assert "of the backbone as lora tuned it" in missing_part(plan, Target.ONNX)
+        assert missing_part(plan, Target.HF) == missing_part(plan, Target.SAFETENSORS) == ""
 
     def test_half_a_model_is_refused(self, make_model: Make, exported: Make, tiny_text: Path) -> None:
         model = make_model(tiny_text, kind="text-classification")

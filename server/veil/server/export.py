@@ -21,6 +21,7 @@ from safetensors.numpy import save
 
 from veil.common.errors import InputError
 from veil.common.head import CENTRE, HEAD_FILE, WEIGHT
+from veil.common.plan import RunPlan
 from veil.common.plan_sections import STRUCTURED
 from veil.common.update import Adapter
 from veil.server.export_card import export_card
@@ -114,6 +115,14 @@ def export(model: Path, target: Target, folder: Path, *, columns: Sequence[str] 
     (folder / USAGE).write_text(lines, encoding="utf-8")
     (folder / CARD).write_text(export_card(tuned.plan, target, lineage, lines), encoding="utf-8")
     return tuple(sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()))
+
+
+def missing_part(plan: RunPlan, target: Target) -> str:
+    """What of the model an export in a form does not hold, for who asked for it; empty where it holds all."""
+    if target is not Target.ONNX or plan.task.modality == "tabular" or plan.task.form in STRUCTURED:
+        return ""
+    tuned = f" as {plan.transfer.mode} tuned it" if plan.transfer.deep else ""
+    return f"the file holds the output layer alone: it reads features of the backbone{tuned}, which --to hf writes"
 
 
 def _writer(tuned: TunedModel, target: Target) -> Writer:

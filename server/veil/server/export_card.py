@@ -202,7 +202,7 @@ def _figure(found: Mapping[str, Any]) -> tuple[str, str, str]:
 def _privacy(plan: RunPlan, lineage: Lineage) -> Iterator[str]:
     verdict, report = lineage.verdict, lineage.report
     if verdict is not None:
-        yield f"From the certificate beside the model, computed anew: {_verdict(verdict)}."
+        yield f"From the run's certificate, which is not in this folder, computed anew: {_verdict(verdict)}."
         head = ("site", "ε of this run", "its limit", "ε of all runs so far", "its limit", "δ")
         yield _table(head, (cost_row(name, site) for name, site in verdict.sites.items()))
         yield meaning(verdict, plan)

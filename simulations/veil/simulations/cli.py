@@ -279,14 +279,19 @@ def export(
 ) -> None:
     """Write a tuned model for other programs, with a model card and the lines of Python that use it."""
     from veil.server.export import export as run
+    from veil.server.export import missing_part
+    from veil.server.model import TunedModel
     from veil.simulations.folders import fresh_folder
 
     with fresh_folder(output) as folder:
         files = run(model, to, folder, columns=column or ())
+    missing = missing_part(TunedModel.load(model).plan, to)
     if as_json:
-        typer.echo(json.dumps({"output": str(output), "to": to.value, "files": files}, indent=2))
+        document = {"output": str(output), "to": to.value, "files": files, "missing": missing or None}
+        typer.echo(json.dumps(document, indent=2))
     else:
         typer.echo(f"wrote {output}: {', '.join(files)}")
+        typer.echo(missing, nl=bool(missing))
 
 
 @app.command()
