@@ -189,3 +189,13 @@ def test_json_on_stdout_is_the_report(veil: Veil, write_plan: Callable[..., Path
 def test_a_dirichlet_partition_runs(veil: Veil, write_plan: Callable[..., Path], tmp_path: Path) -> None:
     division = {"partition": "dirichlet", "site": None, "sites": 3, "alpha": 1.0, "allow_single_class_sites": True}
     assert len(report_of(veil, write_plan(simulation=division), tmp_path / "out")["sites"]) == 3
+
+
+@pytest.mark.parametrize(("epsilon", "said"), [(1e-3, True), (8.0, False)])
+def test_a_budget_that_leaves_nothing_to_learn_is_said(
+    veil: Veil, write_plan: Callable[..., Path], epsilon: float, said: bool
+) -> None:
+    plan = write_plan(privacy={"target_epsilon": epsilon})
+    code, out, _ = veil("simulate", plan, "--output", plan.parent / "out")
+    assert code == 0
+    assert ("no better than guessing" in " ".join(out.split())) == said

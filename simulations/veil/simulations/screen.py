@@ -36,6 +36,9 @@ _NAMES = (
 _KEEPS = {Origin.FEDERATED: "together", Origin.BLEND: "corrected", Origin.LOCAL: "alone"}
 _ROWS = 40
 
+_GUESSING = 0.98
+"""Of a guess's loss, in nats, from where nothing was learnt."""
+
 
 class Screen:
     """Progress on stderr.
@@ -96,7 +99,19 @@ def show_result(result: SimulationResult, output: Path) -> None:
         console.print(f"{'together, largest gap between groups':<40} {_gap(**result.groups['gaps']['accuracy'])}")
     if result.selections:
         console.print(_selector_table(result))
+    if learnt_nothing(result):
+        console.print(
+            f"[bold red]no better than guessing[/]: ε = {result.plan.privacy.target_epsilon:g} leaves these sites "
+            "nothing to learn; `veil plan` says what would",
+            highlight=False,
+        )
     console.print(f"\n{output}: {_WRITTEN}", highlight=False, soft_wrap=True)
+
+
+def learnt_nothing(result: SimulationResult) -> bool:
+    """Whether the federated classifier's loss is about that of naming every class alike."""
+    task, found = result.plan.task, result.metrics["federated"]
+    return task.form == "classification" and found.loss > _GUESSING * math.log(len(task.labels))
 
 
 def _gap(*, value: float | None, low: float, high: float, reason: str, **_: object) -> str:
