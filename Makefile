@@ -51,9 +51,10 @@ check: install-dev ## formatting, lint, types, arrows
 bench: install-dev ## speed beside other simulators, each in an environment of its own (half an hour on two cores)
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/many_sites.py
+	$(BIN)/python benchmarks/gap.py
 	$(BIN)/python benchmarks/speed/run.py
 
-accuracy: install-dev ## the accuracy study of benchmarks/RESULTS.md (an hour; DATASETS=folder for more than the demo; METHODS=a,b again)
+accuracy: install-dev ## the accuracy study of benchmarks/RESULTS.md (twenty minutes; DATASETS=folder for more than the demo; METHODS=a,b again)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/accuracy.py $(if $(DATASETS),--datasets $(DATASETS)) $(if $(METHODS),--methods $(METHODS) --again)
 
 clean: ## remove .venv and runs

@@ -65,6 +65,13 @@ def test_a_program_past_its_limit_is_stopped(tmp_path: Path) -> None:
     assert measured.code is None
 
 
+def test_an_answer_is_read_also_where_two_processes_share_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SPEED))
+    said = 'starting\n{"seconds": 2.0}{"seconds": 3.0}\n'
+    measured = module("measure").Measured(code=0, stdout=said, stderr="", peak_mb=1.0, samples=4, process_seconds=5.0)
+    assert module("run").read_answer(measured)["seconds"] == 2.0
+
+
 def test_rows_replace_a_workload_whole_and_the_rest_of_the_page_stays(tmp_path: Path) -> None:
     """Ratios of different runs do not compare, so no row of an older run of the same workload is left."""
     report = module("report")

@@ -252,7 +252,8 @@ def read_answer(measured: Measured) -> dict[str, object]:
     if measured.code or not lines:
         last = (measured.stderr.strip() or measured.stdout.strip()).splitlines()[-1:]
         return {"failed": f"exit {measured.code}: {' '.join(last)[:300]}"}
-    answer: dict[str, object] = json.loads(lines[-1])
+    answer: dict[str, object]
+    answer, _ = json.JSONDecoder().raw_decode(lines[-1])  # two processes may have written on one line
     seen = {"peak_mb": measured.peak_mb, "samples": measured.samples, "process_seconds": measured.process_seconds}
     return answer | seen
 

@@ -157,7 +157,7 @@ def plan_of(work: Workload, variant: str) -> RunPlan:
         "algorithm": "dp-fedsgd" if per_round else "dp-fedavg",
         "rounds": work.rounds,
         "centre": False,
-        "sample_rate": work.sample_rate,
+        "sample_rate": None if per_round else work.sample_rate,
         "learning_rate": None if per_round else work.learning_rate,
     }
     mechanism = Mechanism(

@@ -6,12 +6,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy.special import expit
 
 from veil.client import exact_products
 from veil.client.exact_products import error_step, exact_scores, input_step, on_grid, total_of
@@ -169,6 +171,29 @@ def test_a_unit_adds_the_same_bits_whoever_stands_beside_it(
     )
     if most == 1:
         np.testing.assert_array_equal(total(shuffled), whole)
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(2, 1000), (3, 513), (4096, 2)])
+def test_sums_of_long_and_of_many_rows_run_from_left_to_right(rows: int, classes: int) -> None:
+    for kind in (np.float32, np.float64):
+        numbers = np.asfortranarray(np.random.default_rng(5).normal(size=(rows, classes)).astype(kind))
+        running = np.zeros(rows, kind)
+        for column in numbers.T:
+            running = np.add(running, column)
+        assert row_sums(numbers).tolist() == running.tolist()
+        assert [row_sums(row[None])[0] for row in numbers] == running.tolist()
+
+
+@pytest.mark.parametrize("function", [np.exp, expit], ids=["exp", "expit"])
+def test_a_function_of_a_number_has_the_same_bits_in_every_place(function: Callable[..., Any]) -> None:
+    numbers = -20 * np.random.default_rng(6).random(2011).astype(np.float32)
+    whole = function(numbers)
+    for start in range(40):
+        piece = slice(start, start + 1 + 3 * start)
+        assert function(numbers[piece].copy()).tolist() == whole[piece].tolist()
+    inside = np.asfortranarray(np.repeat(numbers[:, None], 3, axis=1))
+    function(inside, out=inside)
+    assert inside[:, 2].tolist() == whole.tolist()
 
 
 def test_ordinary_products_would_be_seen(make_units: Callable[..., Units]) -> None:

@@ -20,7 +20,8 @@ _FINENESS, _FINEST = 6, 10
 bits of the longest there can be, at the least."""
 
 _CLOSENESS = 8
-"""Rounding lengthens an error by 2⁻⁸ of its bound at most, where it has one record behind it."""
+"""Bits of a clipped error below its bound, were it spread evenly over its numbers: rounding lengthens it by half a
+hundredth of the bound at most."""
 
 _SPARE = 1.5
 """Pieces that a sum is divided in, above what would do if all were alike."""
@@ -94,7 +95,7 @@ def exact_products(
     Args:
         errors: [n, c], on the grid of `step`.
         inputs: [n, d], on the grid of `input_step`.
-        step: the errors', at most as coarse as `error_step` says of clipped ones.
+        step: the errors'.
         largest: no number of the inputs is larger.
     """
     needed = float(np.abs(errors).sum(axis=0).max(initial=0.0)) * largest

@@ -71,7 +71,9 @@ def _norms(errors: NDArray[np.float64], own: NDArray[np.float64], block: HeadBat
     squared = np.bincount(block.unit, weights=weights, minlength=block.count)
     if block.pairs.shape[1]:
         first, second = block.pairs
-        cross = 2.0 * np.einsum("mc,mc->m", errors[first], errors[second]) * block.dots
+        by_label = errors.T
+        products = by_label.take(first, axis=1) * by_label.take(second, axis=1)
+        cross = 2.0 * row_sums(products.T) * block.dots
         squared += np.bincount(block.unit[first], weights=cross * block.share[first] ** 2, minlength=block.count)
     norms: NDArray[np.float64] = np.sqrt(np.maximum(squared, 0.0))
     return norms

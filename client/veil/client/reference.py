@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Opacus' per-sample gradients of a linear head, the reference that the closed form is held against.
 
-Promises that nothing of the closed form enters: the module, its hooks and its clipping are torch's and Opacus'.
+Promises that nothing of the closed form enters but the inputs on their grid: the module, its hooks and its clipping are
+torch's and Opacus', in float64.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from opacus import GradSampleModule
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+from veil.client.exact_products import input_step, on_grid
 from veil.client.units import Units
 from veil.common.head import head_inputs
 from veil.common.objective import Targets, form_of
@@ -39,7 +41,8 @@ def opacus_clipped_sum(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Opacus' own, about torch's hooks
         hooked = GradSampleModule(head, loss_reduction="sum")
-        outputs = hooked(torch.from_numpy(head_inputs(units.features, centre)))
+        inputs = on_grid(head_inputs(units.features, centre), input_step(weight.shape[1]))
+        outputs = hooked(torch.from_numpy(inputs.astype(np.float64)))
         _loss(outputs, units.labels).backward()
     records = hooked._module.weight.grad_sample.detach()
     means = torch.zeros(units.count, *weight.shape, dtype=torch.float64)

@@ -35,7 +35,7 @@ _ENOUGH = 500
 
 _BOUND = 0.1
 _EQUAL = 0.03
-"""By which the grid of errors and inputs may move the gradient of one unit, in bounds."""
+"""By which the grids of errors and weight may move the gradient of one unit of four records, in bounds."""
 
 _RECORDS = 4
 _FORMS: tuple[Form, ...] = tuple(OBJECTIVES)
