@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from veil.client import exact_products
-from veil.client.exact_products import error_step, exact_scores, input_step, on_grid, total_of
+from veil.client.exact_products import error_steps, exact_scores, input_step, on_grid, total_of
 from veil.client.gradient import clipped_head_sum
 from veil.client.head_batch import HeadBatch
 from veil.client.units import Units
@@ -30,6 +30,10 @@ def rows_on_grid(rows: int, width: int, seed: int = 0) -> NDArray[np.float32]:
     found = np.random.default_rng(seed).normal(size=(rows, width))
     found /= np.linalg.norm(found, axis=1, keepdims=True)
     return on_grid(found, input_step(width))
+
+
+def error_step(bound: float, classes: int) -> float:
+    return float(error_steps(bound, classes, np.ones(1))[0])
 
 
 def largest(inputs: NDArray[np.float32]) -> float:
@@ -68,7 +72,7 @@ def test_a_sum_of_products_is_whole_however_it_is_divided(rows: int, classes: in
     errors = on_grid(min(bound, 1.0) * np.random.default_rng(2).normal(size=(rows, classes)), step)
     whole = np.rint(errors / step).astype(np.int64).T @ np.rint(inputs / input_step(width)).astype(np.int64)
     for bounded in (largest(inputs), 1.0, 1e6):
-        found = total_of(exact_products.exact_products(errors, inputs, step, bounded), (classes, width))
+        found = total_of(exact_products.exact_products(errors, inputs, np.full(rows, step), bounded), (classes, width))
         np.testing.assert_array_equal(found, whole * (step * input_step(width)))
 
 
@@ -77,7 +81,7 @@ def test_what_would_not_fit_is_divided() -> None:
     step, inputs = error_step(0.5, 2), on_grid(np.full((100_001, 3), 0.577), input_step(3))
     errors = on_grid(np.full((100_001, 2), 0.2431), step)
     whole = 100_001 * np.outer(errors[0].astype(np.float64), inputs[0].astype(np.float64))
-    parts = list(exact_products.exact_products(errors, inputs, step, largest(inputs)))
+    parts = list(exact_products.exact_products(errors, inputs, np.full(len(inputs), step), largest(inputs)))
     assert len(parts) > 1
     np.testing.assert_array_equal(total_of(parts, (2, 3)), whole)
     assert (errors.T @ inputs != whole).any()
@@ -86,7 +90,7 @@ def test_what_would_not_fit_is_divided() -> None:
 def test_no_rows_are_zero() -> None:
     inputs = np.zeros((0, 3), np.float32)
     assert (
-        total_of(exact_products.exact_products(np.zeros((0, 2), np.float32), inputs, 2.0**-9, 0.0), (2, 3)).tolist()
+        total_of(exact_products.exact_products(np.zeros((0, 2), np.float32), inputs, np.zeros(0), 0.0), (2, 3)).tolist()
         == [[0.0] * 3] * 2
     )
     assert total_of([], (2, 3)).tolist() == [[0.0] * 3] * 2

@@ -20,8 +20,8 @@ _FINENESS, _FINEST = 6, 10
 bits of the longest there can be, at the least."""
 
 _CLOSENESS = 8
-"""Bits of a clipped error below its bound, were it spread evenly over its numbers: rounding lengthens it by half a
-hundredth of the bound at most."""
+"""Bits of a clipped error below its bound, were it spread evenly over its numbers: rounding lengthens a gradient by
+half a hundredth of the bound at most."""
 
 _SPARE = 1.5
 """Pieces that a sum is divided in, above what would do if all were alike."""
@@ -46,14 +46,19 @@ def input_step(width: int) -> float:
     return math.ldexp(1.0, -max(_FINENESS + _root_bits(width), _FINEST))
 
 
-def error_step(bound: float, classes: int) -> float:
-    """The grid of errors that are clipped to a bound; no coarser for bounds above 1, as no error is longer than a few.
+def error_steps(bound: float, classes: int, share: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The grids of records' errors that are clipped to a bound, powers of two, [n].
+
+    No coarser for bounds above 1, as no error is longer than a few; and finer by 1 / share for the records of a unit of
+    several, so that rounding lengthens its gradient no more than that of a unit of one.
 
     Args:
         bound: of one unit's gradient, > 0.
         classes: numbers of an error.
+        share: of a record in its unit, [n].
     """
-    return math.ldexp(1.0, math.ceil(math.log2(min(bound, 1.0))) - _CLOSENESS - _root_bits(classes))
+    step = math.ldexp(1.0, math.ceil(math.log2(min(bound, 1.0))) - _CLOSENESS - _root_bits(classes))
+    return np.asarray(np.ldexp(step, np.frexp(share)[1] - 1), dtype=np.float64)
 
 
 def _root_bits(numbers: int) -> int:
@@ -86,20 +91,20 @@ def _weight_on_grid(weight: NDArray[np.floating]) -> NDArray[np.float32]:
 
 
 def exact_products(
-    errors: NDArray[np.float32], inputs: NDArray[np.float32], step: float, largest: float
+    errors: NDArray[np.float32], inputs: NDArray[np.float32], steps: NDArray[np.float64], largest: float
 ) -> Iterator[NDArray[np.floating]]:
     """Parts of Σ over rows of the outer products of errors and inputs, each [c, d] and exact.
 
     Rows are divided until every partial sum of a product fits; the sum of all parts is the same however they are.
 
     Args:
-        errors: [n, c], on the grid of `step`.
+        errors: [n, c], each row on the grid of its step.
         inputs: [n, d], on the grid of `input_step`.
-        step: the errors'.
+        steps: of the errors, [n].
         largest: no number of the inputs is larger.
     """
     needed = float(np.abs(errors).sum(axis=0).max(initial=0.0)) * largest
-    room = _WHOLE * step * input_step(inputs.shape[1])
+    room = _WHOLE * float(steps.min(initial=1.0)) * input_step(inputs.shape[1])
     if needed < room:
         yield errors.T @ inputs
     elif len(errors) == 1:
@@ -108,7 +113,7 @@ def exact_products(
         pieces = min(len(errors), math.ceil(_SPARE * needed / room))
         for rows in np.array_split(np.arange(len(errors)), pieces):
             piece = slice(rows[0], rows[-1] + 1)
-            yield from exact_products(errors[piece], inputs[piece], step, largest)
+            yield from exact_products(errors[piece], inputs[piece], steps[piece], largest)
 
 
 def total_of(products: Iterable[NDArray[np.floating]], shape: tuple[int, ...]) -> NDArray[np.float64]:

@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-from veil.client.exact_products import error_step, exact_products, exact_scores, on_grid, total_of
+from veil.client.exact_products import error_steps, exact_products, exact_scores, total_of
 from veil.client.head_batch import Batch, HeadBatch
 from veil.common.objective import OBJECTIVES, form_of, row_sums
 
-_FLOAT32 = 1 - 2.0**-21
-"""What clipping leaves for the roundings of a factor and of its product with an error."""
+_FLOAT32 = 2.0**-22
+"""Twice the rounding of a factor and of its product with an error, as a part of the product."""
+
+_LONGEST = 4.0
+"""Of the mean square of an error's numbers: more comes of a truth that is out of range, and counts as nothing."""
 
 
 def clipped_head_sum(weight: NDArray[np.float64], batch: Batch, bound: float) -> NDArray[np.float64]:
@@ -37,32 +41,43 @@ def clipped_head_sum(weight: NDArray[np.float64], batch: Batch, bound: float) ->
     Returns:
         [labels, d + 1], zero for an empty batch.
     """
-    step = error_step(bound, len(weight))
-    products = (
-        exact_products(_clipped_errors(weight, block, bound, step), block.inputs, step, block.largest)
-        for block in batch.blocks()
-    )
+    products = (_clipped_products(weight, block, bound) for block in batch.blocks())
     return total_of(itertools.chain.from_iterable(products), weight.shape)
 
 
-def _clipped_errors(weight: NDArray[np.float64], block: HeadBatch, bound: float, step: float) -> NDArray[np.float32]:
-    """What each record's input is multiplied by, [n, labels], on the grid of `step`."""
+def _clipped_products(weight: NDArray[np.float64], block: HeadBatch, bound: float) -> Iterator[NDArray[np.floating]]:
+    steps = error_steps(bound, len(weight), block.share)
+    return exact_products(_clipped_errors(weight, block, bound, steps), block.inputs, steps, block.largest)
+
+
+def _clipped_errors(
+    weight: NDArray[np.float64], block: HeadBatch, bound: float, steps: NDArray[np.float64]
+) -> NDArray[np.float32]:
+    """What each record's input is multiplied by, [n, labels], each record's on the grid of its step [n]."""
     errors = OBJECTIVES[form_of(block.labels)].errors(exact_scores(weight, block.inputs), block.labels)
     wide = errors.astype(np.float64)
     own = row_sums(wide * wide)
-    broken = ~np.isfinite(own)
+    broken = ~(own <= _LONGEST * len(weight))
     if broken.any():
         errors[broken] = wide[broken] = own[broken] = 0.0
-    within = np.maximum(_FLOAT32 * bound - _strayed(block, errors.shape[1], step), 0.0)
+    within = np.maximum(bound - _strayed(own, block, steps, len(weight)), 0.0)
     factors = np.minimum(1.0, within / np.maximum(_norms(wide, own, block), 1e-300))
-    errors *= (factors[block.unit] * block.share).astype(np.float32)[:, None]
-    return on_grid(errors, step)
+    errors *= (factors[block.unit] * block.share / steps).astype(np.float32)[:, None]
+    np.rint(errors, out=errors)
+    errors *= steps.astype(np.float32)[:, None]
+    return errors
 
 
-def _strayed(block: HeadBatch, classes: int, step: float) -> NDArray[np.float64]:
-    """How much longer a unit's gradient may become when its errors are rounded to a grid, [count]."""
-    lengths = np.bincount(block.unit, weights=np.sqrt(block.squares), minlength=block.count)
-    return np.asarray(lengths * (math.sqrt(classes) * step / 2), dtype=np.float64)
+def _strayed(
+    own: NDArray[np.float64], block: HeadBatch, steps: NDArray[np.float64], classes: int
+) -> NDArray[np.float64]:
+    """How much longer a unit's gradient may become when its errors are rounded, to float32 and to their grid, [count].
+
+    The former is a part of each record's own error, which may be long where the unit's gradient is short.
+    """
+    moved = math.sqrt(classes) / 2 * steps + _FLOAT32 * np.sqrt(own) * block.share
+    lengths = np.bincount(block.unit, weights=moved * np.sqrt(block.squares), minlength=block.count)
+    return np.asarray(lengths, dtype=np.float64)
 
 
 def _norms(errors: NDArray[np.float64], own: NDArray[np.float64], block: HeadBatch) -> NDArray[np.float64]:

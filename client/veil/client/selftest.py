@@ -34,7 +34,7 @@ _ENOUGH = 500
 """Numbers by which noise of half its size is told from noise of its size."""
 
 _BOUND = 0.1
-_EQUAL = 0.03
+_EQUAL = 0.02
 """By which the grids of errors and weight may move the gradient of one unit of four records, in bounds."""
 
 _RECORDS = 4
