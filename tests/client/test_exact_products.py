@@ -200,7 +200,7 @@ def test_a_function_of_a_number_has_the_same_bits_in_every_place(function: Calla
     assert inside[:, 2].tolist() == whole.tolist()
 
 
-def test_ordinary_products_would_be_seen(make_units: Callable[..., Units]) -> None:
+def test_ordinary_products_would_be_seen() -> None:
     """The same comparison with float32 products of numbers that lie on no grid: bits differ."""
     random = np.random.default_rng(0)
     inputs, weight = random.normal(size=(300, 385)).astype(np.float32), random.normal(size=(10, 385)).astype(np.float32)

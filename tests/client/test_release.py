@@ -459,3 +459,14 @@ def test_the_centre_of_the_request_is_used(
     elsewhere = make_request(plan, 1, adapter=type(request.adapter)(tensors=moved))
     first, second = (draw(one, schedule(plan)[1], units, silent()).points[WEIGHT] for one in (request, elsewhere))
     assert not np.array_equal(first, second)
+
+
+def test_a_weight_that_lies_column_by_column_descends_as_any_other() -> None:
+    weight = np.arange(12.0).reshape(3, 4)
+    descended = []
+    for start in (weight, np.asfortranarray(weight)):
+        descent = LatticeOptimizer(start, mechanism=mechanism(), noise=silent(), learning_rate=0.5)
+        descent.step(np.full((3, 4), 0.25))
+        descended.append(descent.weight)
+    np.testing.assert_array_equal(descended[0], descended[1])
+    np.testing.assert_allclose(descended[0], weight - 0.125, atol=1e-5)

@@ -42,7 +42,7 @@ class LatticeOptimizer:
         learning_rate: float = 0.0,
         divisor: float = 1.0,
     ) -> None:
-        self.weight = weight.astype(np.float64)
+        self.weight = weight.astype(np.float64, order="C")  # `_descend` moves it through a flat view
         self.noise_multiplier, self.max_grad_norm = mechanism.noise_multiplier, mechanism.max_grad_norm
         self.points: NDArray[np.int64] = np.zeros(0, np.int64)
         self.steps_counted = 0
